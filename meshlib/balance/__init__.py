@@ -1,0 +1,1 @@
+"""Which endpoint: nodes, load, choice, and the pool that connects each."""

@@ -1,0 +1,43 @@
+"""Time and chance, injected.
+
+Everything that measures time reads one `Clock`, and everything that draws lots uses one seeded ``random.Random``, so
+that whole stacks run in virtual time and repeat from a seed. Under trio the clock is trio's own, and with trio's
+``MockClock`` that makes it virtual with nothing to configure; on asyncio and uvloop it is ``time.monotonic`` (uvloop's
+own loop time has a resolution of a millisecond, too coarse to measure latencies).
+
+Waiting is always ``anyio.sleep`` or a cancel scope, which follow the same clock.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+__all__ = ["Clock"]
+
+
+class Clock:
+    """A source of time.
+
+    Args:
+        now: Monotonic seconds; by default that of the event loop in use when it is first read.
+        epoch_ns: Wall time, in nanoseconds since the epoch. Only deadlines and spans on the wire use it.
+    """
+
+    __slots__ = ("epoch_ns", "now")
+
+    def __init__(self, now: Callable[[], float] | None = None, epoch_ns: Callable[[], int] = time.time_ns) -> None:
+        self.now: Callable[[], float] = now or self._detect
+        self.epoch_ns = epoch_ns
+
+    def _detect(self) -> float:
+        trio = sys.modules.get("trio")
+        if trio is not None and trio.lowlevel.in_trio_run():
+            self.now = trio.current_time
+        else:
+            self.now = time.monotonic
+        return self.now()
+
+    def __repr__(self) -> str:
+        return f"Clock(now={getattr(self.now, '__qualname__', self.now)})"

@@ -1,0 +1,102 @@
+"""Requeue: what was provably never processed is sent again, whatever it does, because that is always safe.
+
+A request that never left this process (no connection, a session that closed in that moment) goes elsewhere for
+nothing, up to `LIMIT` times; one that a server refused has cost that server something, so it is charged to the retry
+budget. The first requeue goes at once, to an endpoint that has not failed the call if there is one; later ones wait a
+little, jittered. When the budget is dry the failure is marked so that nobody further up tries again.
+
+The budget's deposits are made here, one for each call that succeeds, so that an outage pays for no retries.
+Source: Finagle, service/RequeueFilter.scala and Retries.scala (25 acquisition retries, free of charge).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final
+
+import anyio
+
+from ..core.context import VAR
+from ..core.env import Env
+from ..core.errors import MeshError
+from ..core.service import Filter, Service
+from .budget import RetryBudget
+
+__all__ = ["Requeue", "budget_of"]
+
+LIMIT: Final = 25
+FIRST_WAIT, LAST_WAIT = 0.005, 0.2
+
+
+def budget_of(env: Env) -> RetryBudget:
+    """The one budget of a client, which requeues, retries and hedges share."""
+
+    def make() -> RetryBudget:
+        budget = RetryBudget()
+        env.metrics.gauge("retries/budget", lambda: budget.balance(env.clock.now()))
+        return budget
+
+    return env.shared(RetryBudget, make)
+
+
+class Requeue(Filter[Any, Any, Any, Any]):
+    """Sends again what was never processed."""
+
+    place: ClassVar[str] = "requeue"
+
+    def __init__(self, env: Env | None = None) -> None:
+        env = env or Env()
+        self._clock = env.clock
+        self._rng = env.rng
+        self._budget = budget_of(env)
+        self._requeues = env.metrics.counter("retries/requeues")
+        self._exhausted = env.metrics.counter("retries/budget_exhausted")
+        self._limited = env.metrics.counter("retries/request_limit")
+
+    def build(self, env: Env, service: Any) -> Any:
+        """With the client's budget."""
+        return type(self)(env).bind(service)
+
+    async def apply(self, request: Any, service: Service[Any, Any]) -> Any:
+        """Send it, again if need be."""
+        try:
+            reply = await service(request)
+        except MeshError as error:
+            if not error.requeueable:
+                raise
+            reply = await self._again(request, service, error)
+        self._budget.deposit(self._clock.now())
+        return reply
+
+    async def _again(self, request: Any, service: Service[Any, Any], error: MeshError) -> Any:
+        context = VAR.get()
+        record = context.record
+        for n in range(1, LIMIT + 1):
+            wait = 0.0 if n == 1 else self._rng.uniform(0, min(LAST_WAIT, FIRST_WAIT * 2 ** (n - 1)))
+            now = self._clock.now()
+            if context.deadline is not None and now + wait >= context.deadline:
+                error.verdict = "the deadline would pass first"
+                raise error
+            if getattr(error, "by_peer", False) and not self._budget.try_withdraw(now):
+                self._exhausted.value += 1
+                error.finalize("the retry budget is spent")
+                raise error
+            if wait:
+                await anyio.sleep(wait)
+            self._requeues.value += 1
+            if record is not None:
+                record.retries += 1
+            token = VAR.set(context.evolve(attempt=context.attempt + n))
+            try:
+                return await service(request)
+            except MeshError as again:
+                if not again.requeueable:
+                    raise
+                error = again
+            finally:
+                VAR.reset(token)
+        self._limited.value += 1
+        error.verdict = f"requeued {LIMIT} times"
+        raise error
+
+    def __repr__(self) -> str:
+        return f"requeue(limit={LIMIT}, {self._budget!r})"

@@ -1,0 +1,192 @@
+"""The contexts that travel with a request: their ids, their bytes, and the `Context` they stand for.
+
+Trace ids go out twice: as Finagle's TraceContext, and as W3C ``traceparent``. Coming in, Finagle's decides which span
+the caller is: a Finagle in between renews its own context and passes on what it does not know, so ``traceparent`` may
+be a hop behind. The W3C form then adds what the other cannot say: the ``tracestate``, and the high 64 bits of the id.
+
+A deadline leaves as (now, now + what is left) on this host's wall clock and is read as a difference, so that clocks
+need not agree (Finagle compares wall clocks). A known context that cannot be decoded is ignored and counted; contexts
+that nobody here knows are kept and sent on unchanged. Layouts: finagle-core, context/Deadline.scala,
+tracing/TraceId.scala, context/Requeues.scala.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import Final
+
+from ..core.clock import Clock
+from ..core.context import Context, TraceId
+from .codec import encode_contexts
+from .messages import Contexts, Dtab
+
+__all__ = ["ContextReader", "encode_context"]
+
+DEADLINE: Final = b"com.twitter.finagle.Deadline"
+TRACE: Final = b"com.twitter.finagle.tracing.TraceContext"
+RETRIES: Final = b"com.twitter.finagle.Retries"
+CLIENT_ID: Final = b"com.twitter.finagle.thrift.ClientIdContext"
+TRACEPARENT: Final = b"traceparent"
+TRACESTATE: Final = b"tracestate"
+BAGGAGE: Final = b"baggage"
+
+LOW: Final = (1 << 64) - 1
+DEBUG, SAMPLING_KNOWN, SAMPLED = 1, 2, 4
+
+
+def _prefix(key: bytes, size: int) -> bytes:
+    return struct.pack(">H", len(key)) + key + struct.pack(">H", size)
+
+
+# What never changes of the three contexts that nearly every request carries.
+_DEADLINE: Final = _prefix(DEADLINE, 16)
+_TRACE: Final = _prefix(TRACE, 40)
+_TRACEPARENT: Final = _prefix(TRACEPARENT, 55)
+_pack_deadline: Final = struct.Struct(">qq").pack
+_pack_trace: Final = struct.Struct(">QQQQQ").pack
+_pack_count: Final = struct.Struct(">h").pack
+_KNOWN: Final = frozenset((DEADLINE, TRACE, RETRIES, CLIENT_ID, TRACEPARENT, TRACESTATE, BAGGAGE))
+_FOLDED: Final = {key.lower(): key for key in _KNOWN}
+"""Ids are compared without regard to case, as Finagle does; everybody writes them in the same case all the same."""
+_PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+
+
+def encode_context(context: Context, clock: Clock, extra: Contexts = ()) -> bytes:
+    """The context section for a request made under ``context``; ``extra`` pairs go at its end."""
+    parts = [b""]
+    n = 0
+    if context.deadline is not None:
+        n = 1
+        epoch = clock.epoch_ns()
+        left = int((context.deadline - clock.now()) * 1e9)
+        parts.append(_DEADLINE + _pack_deadline(epoch, epoch + (max(0, left))))
+    trace = context.trace
+    if trace is not None:
+        n += 2
+        low, span = trace.trace & LOW, trace.span
+        flags = (trace.debug and DEBUG) | (0 if trace.sampled is None else SAMPLING_KNOWN | (trace.sampled and SAMPLED))
+        parent = span if trace.parent is None else trace.parent
+        parts.append(_TRACE + _pack_trace(span, parent, low, flags, trace.trace >> 64))
+        parts.append(_TRACEPARENT + b"00-%032x-%016x-%02x" % (trace.trace, span, bool(trace.sampled or trace.debug)))
+    rest: list[tuple[bytes, bytes]] = []
+    if trace is not None and trace.state:
+        rest.append((TRACESTATE, trace.state.encode()))
+    if context.attempt:
+        rest.append((RETRIES, struct.pack(">i", context.attempt)))
+    if context.client_id:
+        rest.append((CLIENT_ID, context.client_id.encode()))
+    if context.baggage:
+        rest.append((BAGGAGE, context.baggage.encode()))
+    rest += context.opaque
+    rest += extra
+    if rest:
+        n += len(rest)
+        parts.append(encode_contexts(rest)[2:])
+    parts[0] = _pack_count(n)
+    return b"".join(parts)
+
+
+class ContextReader:
+    """Reads the contexts of requests.
+
+    Args:
+        clock: What a remaining time is added to.
+        trust: May the caller say where our own calls go? Without it an inbound Dtab is dropped.
+
+    Attributes:
+        undecodable: How many known contexts could not be decoded, and were ignored.
+    """
+
+    __slots__ = ("_clock", "_trust", "undecodable")
+
+    def __init__(self, clock: Clock, *, trust: bool = True) -> None:
+        self._clock = clock
+        self._trust = trust
+        self.undecodable = 0
+
+    def read(self, contexts: Contexts, dtab: Dtab = ()) -> Context:
+        """The context in which the request is to be handled."""
+        deadline: float | None = None
+        finagle: TraceId | None = None
+        w3c: TraceId | None = None
+        state = baggage = client_id = ""
+        attempt = 0
+        opaque: list[tuple[bytes, bytes]] = []
+        for pair in contexts:
+            key, value = pair
+            if key not in _KNOWN:
+                key = _FOLDED.get(key.lower(), key)
+            try:
+                if key == DEADLINE:
+                    sent, due = struct.unpack(">qq", value)
+                    deadline = self._clock.now() + max(0, due - sent) / 1e9
+                elif key == TRACE:
+                    finagle = read_trace(value)
+                elif key == TRACEPARENT:
+                    w3c = read_traceparent(value)
+                elif key == TRACESTATE:
+                    state = value.decode("ascii")
+                elif key == RETRIES:
+                    (attempt,) = struct.unpack(">i", value)
+                    attempt = max(0, attempt)
+                elif key == CLIENT_ID:
+                    client_id = value.decode()
+                elif key == BAGGAGE:
+                    baggage = value.decode()
+                else:
+                    opaque.append(pair)
+            except (struct.error, ValueError):
+                self.undecodable += 1
+        return Context(
+            deadline,
+            _merge(finagle, w3c, state),
+            dtab if self._trust else (),
+            attempt,
+            client_id,
+            baggage,
+            tuple(opaque),
+        )
+
+
+def _merge(finagle: TraceId | None, w3c: TraceId | None, state: str) -> TraceId | None:
+    if finagle is None:
+        return w3c if w3c is None or not state else TraceId(w3c.trace, w3c.span, None, w3c.sampled, False, state)
+    if w3c is None or w3c.trace & LOW != finagle.trace & LOW:
+        return finagle
+    sampled = w3c.sampled if finagle.sampled is None else finagle.sampled
+    return TraceId(w3c.trace, finagle.span, finagle.parent, sampled, finagle.debug, state)
+
+
+def read_trace(value: bytes) -> TraceId:
+    """Finagle's TraceContext: 32 bytes, or 40 with the high half of a 128-bit trace id.
+
+    Raises:
+        ValueError: It has another size, or ids of 0, which W3C does not allow.
+    """
+    if len(value) == 40:
+        span, parent, trace, flags, high = struct.unpack(">QQQQQ", value)
+    elif len(value) == 32:
+        span, parent, trace, flags = struct.unpack(">QQQQ", value)
+        high = 0
+    else:
+        raise ValueError(f"a TraceContext of {len(value)} bytes")
+    if not (span and (trace or high)):
+        raise ValueError("a TraceContext without ids")
+    sampled = bool(flags & SAMPLED) if flags & SAMPLING_KNOWN else None
+    return TraceId(high << 64 | trace, span, None if parent == span else parent, sampled, bool(flags & DEBUG))
+
+
+def read_traceparent(value: bytes) -> TraceId:
+    """W3C ``traceparent`` (Trace Context, level 1); of later versions, the part that all share.
+
+    Raises:
+        ValueError: It is malformed.
+    """
+    match = _PARENT.match(value)
+    if match is None or match[1] == b"ff" or (match[1] == b"00" and len(value) != 55):
+        raise ValueError("a malformed traceparent")
+    trace, span = int(match[2], 16), int(match[3], 16)
+    if not (trace and span):
+        raise ValueError("a traceparent without ids")
+    return TraceId(trace, span, None, bool(int(match[4], 16) & 1))

@@ -1,0 +1,91 @@
+"""How a failure crosses the wire.
+
+Mux knows three replies: OK, ERROR with a text, and NACK, which promises that the request was not processed; and a
+``MuxFailure`` context that adds flags. What our own peers need beyond that, which kind of error it was, travels in one
+more context that other implementations pass over.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import msgspec
+
+from ..core.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    MeshError,
+    Rejected,
+    RemoteError,
+    UnknownMethod,
+    UnknownService,
+)
+from .messages import Contexts, MuxFailure, ReplyStatus
+
+__all__ = ["from_wire", "to_wire"]
+
+FLAGS: Final = b"MuxFailure"
+KIND: Final = b"meshlib.error"
+
+
+class _Kind(msgspec.Struct, frozen=True, omit_defaults=True):
+    kind: str
+    path: str = ""
+
+
+_encode = msgspec.msgpack.encode
+_decode = msgspec.msgpack.Decoder(_Kind).decode
+_KINDS: Final[dict[str, type[MeshError]]] = {
+    kind.__name__: kind for kind in (DeadlineExceeded, InvalidArgument, UnknownMethod, UnknownService)
+}
+
+
+def to_wire(error: MeshError) -> tuple[ReplyStatus, Contexts, bytes]:
+    """The reply that stands for ``error``. Only what a server raised itself may get here: handlers' own exceptions
+    have become opaque by then.
+    """
+    text = error.message.encode()
+    if error.requeueable:
+        return ReplyStatus.NACK, ((FLAGS, _flags(MuxFailure.RETRYABLE | MuxFailure.REJECTED)),), text
+    contexts: list[tuple[bytes, bytes]] = []
+    if isinstance(error, Rejected):
+        contexts.append((FLAGS, _flags(MuxFailure.REJECTED | MuxFailure.NON_RETRYABLE)))
+    elif "retryable" in vars(error) and not error.retryable:
+        # Said of this very failure, not of its kind: a budget ran dry below us, so nobody above should try again.
+        contexts.append((FLAGS, _flags(MuxFailure.NON_RETRYABLE)))
+    name = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None)
+    if name is not None:
+        contexts.append((KIND, _encode(_Kind(name, getattr(error, "path", "")))))
+    return ReplyStatus.ERROR, tuple(contexts), text
+
+
+def _flags(flags: MuxFailure) -> bytes:
+    return struct.pack(">q", flags)
+
+
+def from_wire(status: ReplyStatus, contexts: Contexts, body: bytes) -> MeshError:
+    """The error that a reply other than OK stands for."""
+    text = body.decode(errors="replace")
+    flags = MuxFailure(0)
+    kind = None
+    for key, value in contexts:
+        if key == FLAGS and len(value) >= 8:
+            flags = MuxFailure(struct.unpack_from(">q", value)[0] & 7)
+        elif key == KIND:
+            try:
+                kind = _decode(value)
+            except (msgspec.DecodeError, RecursionError):
+                kind = None
+    final = bool(flags & MuxFailure.NON_RETRYABLE)
+    unprocessed = status is ReplyStatus.NACK or bool(flags & MuxFailure.RETRYABLE)
+    if unprocessed or flags & MuxFailure.REJECTED:
+        refusal = Rejected(text or "the server refused the request", retryable=unprocessed and not final)
+        refusal.by_peer = True
+        return refusal
+    if kind is not None and kind.kind in _KINDS:
+        error = _KINDS[kind.kind](text)
+        if isinstance(error, InvalidArgument):
+            error.path = kind.path
+        return error
+    return RemoteError(text or "the handler failed", retryable=False if final else None, contexts=contexts)

@@ -1,0 +1,1 @@
+"""Where a request goes: targets, addresses, and the resolvers that watch them."""

@@ -1,0 +1,108 @@
+"""``file:///path``: addresses in a file, followed as it changes.
+
+One address a line, with optional settings and comments::
+
+    10.0.0.1:9000
+    10.0.0.2:9000  weight=2 zone=eu-1   # twice the traffic
+
+or JSON: a list of such texts, or of objects ``{"host": …, "port": …, "weight": …, "zone": …}``, or an object whose
+``endpoints`` is such a list. Write a new file and rename it over the old one, and no half of it is ever read.
+
+The file is looked at every half second: portable, right on network file systems and container volumes, where change
+notices are not, and cheap (one ``stat`` in a worker thread).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import anyio
+
+from ..core.errors import ConfigurationError
+from .addr import Addr, Address, Bound, Failed
+from .target import Target
+
+__all__ = ["FileResolver", "parse_endpoints"]
+
+POLL: Final = 0.5
+LARGEST: Final = 16 * 1024 * 1024
+
+
+class FileResolver:
+    """Follows a file."""
+
+    async def watch(self, target: Target) -> AsyncIterator[Addr]:
+        """Yields the file's addresses whenever it has changed, and `Failed` when it cannot be read or understood."""
+        if not target.rest.startswith("/"):
+            raise ConfigurationError(f"target {target.text!r}: expected file:///absolute/path")
+        path = anyio.Path(target.rest)
+        seen: object = None
+        while True:
+            try:
+                stat = await path.stat()
+                signature: object = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+                if signature != seen:
+                    if stat.st_size > LARGEST:
+                        raise ConfigurationError(f"{path} has {stat.st_size} bytes; the limit is {LARGEST}")
+                    addr: Addr = Bound.of(parse_endpoints(await path.read_text("utf-8"), str(path)))
+                    seen = signature
+                    yield addr
+            except (OSError, ValueError) as error:
+                # Once for each way of being broken; a broken file is read again when it changes.
+                broken = str(error)
+                if seen != broken:
+                    seen = broken
+                    yield Failed(broken)
+            await anyio.sleep(POLL)
+
+
+def parse_endpoints(text: str, source: str = "endpoints") -> list[Address]:
+    """The addresses in ``text``, JSON or lines.
+
+    Raises:
+        ConfigurationError: It is malformed; says where.
+    """
+    if text.lstrip()[:1] in ("[", "{"):
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigurationError(f"{source}: not JSON: {error}") from error
+        items = data.get("endpoints") if isinstance(data, dict) else data
+        if not isinstance(items, list):
+            raise ConfigurationError(f"{source}: expected a list, or an object with a list of endpoints")
+        return [_entry(item, f"{source}: endpoint {i}") for i, item in enumerate(items)]
+    addresses = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if words:
+            where = f"{source}, line {number}"
+            settings = dict(_setting(word, where) for word in words[1:])
+            addresses.append(_address(words[0], settings, where))
+    return addresses
+
+
+def _setting(word: str, where: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not (key and equals):
+        raise ConfigurationError(f"{where}: {word!r} is no setting; expected key=value, such as weight=2")
+    return key, value
+
+
+def _entry(item: Any, where: str) -> Address:
+    if isinstance(item, str):
+        return _address(item, {}, where)
+    if not (isinstance(item, dict) and isinstance(item.get("host"), str) and type(item.get("port")) is int):
+        raise ConfigurationError(f'{where}: {item!r}: expected "host:port" or {{"host": "…", "port": 9000}}')
+    host = f"[{item['host']}]" if ":" in item["host"] else item["host"]
+    settings = {str(k): str(v) for k, v in item.items() if k not in ("host", "port")}
+    return _address(f"{host}:{item['port']}", settings, where)
+
+
+def _address(text: str, settings: dict[str, str], where: str) -> Address:
+    weight = settings.pop("weight", "1")
+    try:
+        return Address.parse(text, float(weight), tuple(sorted(settings.items())))
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {error}") from error

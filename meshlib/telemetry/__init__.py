@@ -1,0 +1,1 @@
+"""What happened: counters, histograms and gauges; the layers that fill them; spans."""

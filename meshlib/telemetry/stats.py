@@ -1,0 +1,93 @@
+"""The golden metrics of whatever is below: requests, success, failures by kind, latency, how many are under way.
+
+The same layer stands in three places: at the top of a client (logical calls), above each endpoint (attempts), and at
+the top of a server. Finagle: StatsFilter, whose names these are; unlike it, a client counts logical calls at the top,
+so that its success rate is what its callers saw.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from ..core.classify import ResponseClass, classify
+from ..core.env import Env
+from ..core.service import Filter, Service
+
+__all__ = ["EndpointStats", "Stats"]
+
+
+class Stats(Filter[Any, Any, Any, Any]):
+    """Counts requests, success, failures and cancellations, and measures latency in milliseconds."""
+
+    place: ClassVar[str] = "stats"
+
+    def __init__(self, env: Env | None = None) -> None:
+        env = env or Env()
+        metrics = env.metrics
+        self.pending = 0
+        self._metrics = metrics
+        self._now = env.clock
+        self._classify = None if env.classifier is classify else env.classifier
+        self._requests = metrics.counter("requests")
+        self._success = metrics.counter("success")
+        self._failures = metrics.counter("failures")
+        self._cancelled = metrics.counter("cancelled")
+        self._latency = metrics.histogram("request_latency_ms")
+        metrics.gauge("pending", lambda: self.pending)
+
+    def build(self, env: Env, service: Any) -> Any:
+        """These counters belong to one client, server or endpoint."""
+        return type(self)(self.scoped(env)).bind(service)
+
+    def scoped(self, env: Env) -> Env:
+        """Where the numbers go."""
+        return env
+
+    async def apply(self, request: Any, service: Service[Any, Any]) -> Any:
+        """Count and time one request."""
+        now = self._now.now
+        started = now()
+        self.pending += 1
+        try:
+            reply = await service(request)
+        except Exception as error:
+            verdict = (self._classify or classify)(request, None, error)
+            if verdict is not ResponseClass.IGNORABLE:
+                self._requests.value += 1
+                self._latency.record((now() - started) * 1e3)
+            if verdict is ResponseClass.SUCCESS:
+                self._success.value += 1
+            elif verdict is not ResponseClass.IGNORABLE:
+                self._failed(type(error).__name__)
+            raise
+        except BaseException:
+            self._cancelled.value += 1
+            raise
+        finally:
+            self.pending -= 1
+        self._requests.value += 1
+        self._latency.record((now() - started) * 1e3)
+        if self._classify is None or self._classify(request, reply, None) is ResponseClass.SUCCESS:
+            self._success.value += 1
+        else:
+            self._failed("reply")
+        return reply
+
+    def __repr__(self) -> str:
+        return f"{self.place}()"
+
+    def _failed(self, kind: str) -> None:
+        self._failures.value += 1
+        self._metrics.counter(f"failures/{kind}").value += 1
+
+
+class EndpointStats(Stats):
+    """The same for one endpoint: every attempt counts, and the numbers leave with the endpoint."""
+
+    place: ClassVar[str] = "endpoint_stats"
+
+    def scoped(self, env: Env) -> Env:
+        """Below ``endpoints/<address>``."""
+        metrics = env.metrics.scope("endpoints", str(env.address))
+        env.closers.append(metrics.drop)
+        return env.evolve(metrics=metrics)

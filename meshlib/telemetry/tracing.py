@@ -1,0 +1,162 @@
+"""Trace ids always travel; spans are made when the application has configured an OpenTelemetry tracer.
+
+The client layer gives each logical call an id of its own, a child of whatever it runs under: the current OpenTelemetry
+span, else the id that came with the request being handled, else none (a new trace). The server layer makes a span with
+the caller's as remote parent and has it current while the handler runs. A no-op span costs 4 µs, so the tracer is asked
+for only when a provider other than OpenTelemetry's placeholder is installed; that may happen at any time.
+
+Span names and attributes follow OpenTelemetry's RPC conventions 1.45: the client's span covers the logical call with
+all its retries (each failed attempt is an event on it), and ``server.address`` is the logical target.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from opentelemetry import trace as otel
+from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer, TraceState
+
+from ..core.context import VAR, Context, TraceId
+from ..core.env import Env
+from ..core.service import Filter, Service
+
+__all__ = ["ClientTracing", "ServerTracing"]
+
+_get_provider = otel.get_tracer_provider
+
+
+class _Tracing(Filter[Any, Any, Any, Any]):
+    place: ClassVar[str] = "trace"
+    kind: ClassVar[SpanKind]
+
+    def __init__(self, env: Env | None = None) -> None:
+        self.env = env or Env()
+        self._bits = self.env.rng.getrandbits
+        self._provider: Any = None
+        self._tracer: Tracer | None = None
+
+    def build(self, env: Env, service: Any) -> Any:
+        """Ids come from the client's or server's own generator."""
+        return type(self)(env).bind(service)
+
+    def _refresh(self, provider: Any) -> Tracer | None:
+        # The proxy and the no-op provider record nothing: with either, nobody is listening.
+        silent = isinstance(provider, otel.ProxyTracerProvider | otel.NoOpTracerProvider)
+        self._provider = provider
+        self._tracer = None if silent else provider.get_tracer("meshlib")
+        return self._tracer
+
+    def _attributes(self, request: Any) -> tuple[str, dict[str, Any]]:
+        method = (getattr(request, "dest", "") or "").strip("/") or "_OTHER"
+        return method, {"rpc.system.name": self.env.protocol or "meshlib", "rpc.method": method}
+
+    def __repr__(self) -> str:
+        return "trace()"
+
+    def _end(self, span: Span, error: BaseException | None) -> None:
+        if span.is_recording():
+            if error is None:
+                span.set_attribute("rpc.status_code", "OK")
+            else:
+                span.set_attribute("error.type", type(error).__name__)
+                span.set_status(Status(StatusCode.ERROR, str(error)))
+        span.end()
+
+
+class ClientTracing(_Tracing):
+    """Gives the logical call its trace id, and its client span if anybody is listening."""
+
+    kind = SpanKind.CLIENT
+
+    async def apply(self, request: Any, service: Service[Any, Any]) -> Any:
+        """Run the call under an id of its own."""
+        context = VAR.get()
+        provider = _get_provider()
+        tracer = self._tracer if provider is self._provider else self._refresh(provider)
+        if tracer is not None:
+            return await self._traced(tracer, context, request, service)
+        above = context.trace
+        bits = self._bits
+        if above is None:
+            child = TraceId(bits(128) or 1, bits(64) or 1)
+        else:
+            child = TraceId(above.trace, bits(64) or 1, above.span, above.sampled, above.debug, above.state)
+        token = VAR.set(context.evolve(trace=child))
+        try:
+            return await service(request)
+        finally:
+            VAR.reset(token)
+
+    async def _traced(self, tracer: Tracer, context: Context, request: Any, service: Service[Any, Any]) -> Any:
+        parent = otel.get_current_span().get_span_context()
+        within = None
+        if not parent.is_valid and context.trace is not None:
+            parent = span_context(context.trace)
+            within = otel.set_span_in_context(otel.NonRecordingSpan(parent))
+        name, attributes = self._attributes(request)
+        attributes["server.address"] = self.env.name
+        span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes)
+        child = trace_id(span.get_span_context(), parent)
+        token = VAR.set(context.evolve(trace=child))
+        error: BaseException | None = None
+        try:
+            return await service(request)
+        except BaseException as e:
+            error = e
+            raise
+        finally:
+            VAR.reset(token)
+            for attempt in getattr(error, "attempts", ()):
+                span.add_event("attempt", {"endpoint": attempt.endpoint, "outcome": attempt.outcome or ""})
+            self._end(span, error)
+
+
+class ServerTracing(_Tracing):
+    """Makes the server span, and has it current while the request is handled."""
+
+    kind = SpanKind.SERVER
+
+    async def apply(self, request: Any, service: Service[Any, Any]) -> Any:
+        """Handle the request under the caller's trace."""
+        provider = _get_provider()
+        tracer = self._tracer if provider is self._provider else self._refresh(provider)
+        if tracer is None:
+            return await service(request)
+        context = VAR.get()
+        within = None
+        parent = SpanContext(0, 0, is_remote=True)
+        if context.trace is not None:
+            parent = span_context(context.trace)
+            within = otel.set_span_in_context(otel.NonRecordingSpan(parent))
+        name, attributes = self._attributes(request)
+        span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes)
+        token = VAR.set(context.evolve(trace=trace_id(span.get_span_context(), parent)))
+        error: BaseException | None = None
+        try:
+            with otel.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False):
+                return await service(request)
+        except BaseException as e:
+            error = e
+            raise
+        finally:
+            VAR.reset(token)
+            self._end(span, error)
+
+
+def span_context(trace: TraceId) -> SpanContext:
+    """The OpenTelemetry form of a trace id that came over the wire."""
+    flags = TraceFlags(TraceFlags.SAMPLED if trace.sampled or trace.debug else TraceFlags.DEFAULT)
+    state = TraceState.from_header([trace.state]) if trace.state else None
+    return SpanContext(trace.trace, trace.span, is_remote=True, trace_flags=flags, trace_state=state)
+
+
+def trace_id(span: SpanContext, parent: SpanContext) -> TraceId:
+    """What travels for a span."""
+    return TraceId(
+        span.trace_id,
+        span.span_id,
+        parent.span_id if parent.is_valid else None,
+        bool(span.trace_flags & TraceFlags.SAMPLED),
+        False,
+        span.trace_state.to_header() if span.trace_state else "",
+    )

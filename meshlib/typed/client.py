@@ -1,0 +1,171 @@
+"""Typed clients: an object whose methods are calls, and the `serve` and `client` that users type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from ..balance.node import Node
+from ..client import Client
+from ..core.errors import ConfigurationError, RemoteError
+from ..core.service import Status
+from ..mux import Limits, Request, Response
+from ..mux import client as mux_client
+from ..mux import serve as mux_serve
+from ..server import GRACE, Server
+from .codec import MethodCodec
+from .contract import contracts_of, methods_of
+from .service import RAISED, TypedService
+
+__all__ = ["TypedClient", "client", "serve"]
+
+T = TypeVar("T")
+
+
+class TypedClient(Generic[T]):
+    """A client of a contract.
+
+    ``async with`` gives an object with the contract's methods, typed as the contract. Used bare, `stub` is that object,
+    and the methods can be called on the client itself as well; it starts with the first call, and `aclose` ends it.
+    """
+
+    stub: T
+    """The object whose methods are calls."""
+
+    def __init__(self, contract: type[T], raw: Client[Request, Response]) -> None:
+        self.contract = contract
+        self.raw = raw
+        stub = _Stub(contract.__name__, raw)
+        for name, method in methods_of(contract).items():
+            setattr(stub, name, _calling(raw, MethodCodec(method)))
+        self.stub = stub  # type: ignore[assignment]
+
+    async def __aenter__(self) -> T:
+        await self.raw.__aenter__()
+        return self.stub
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.raw.__aexit__(kind, error, traceback)
+
+    async def aclose(self) -> None:
+        """Close every connection. Calls under way fail; closing twice is the same as closing once."""
+        await self.raw.aclose()
+
+    @property
+    def status(self) -> Status:
+        """How fit the client is to be used."""
+        return self.raw.status
+
+    @property
+    def endpoints(self) -> tuple[Node, ...]:
+        """Its endpoints; each prints its status, the reason for it, and its load."""
+        return self.raw.endpoints
+
+    def metrics(self) -> dict[str, float]:
+        """Every number this client keeps, by name."""
+        return self.raw.metrics()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "stub" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.stub, name)
+
+    def __repr__(self) -> str:
+        return f"{self.contract.__name__} {self.raw!r}"
+
+
+class _Stub:
+    """Has the methods of a contract."""
+
+    def __init__(self, name: str, raw: Client[Request, Response]) -> None:
+        self.__dict__["_name"] = name
+        self.__dict__["_raw"] = raw
+
+    def __getattr__(self, name: str) -> Any:
+        methods = ", ".join(sorted(n for n in vars(self) if not n.startswith("_")))
+        raise AttributeError(f"{vars(self)['_name']} has no @rpc method {name!r}; it has {methods}")
+
+    def __repr__(self) -> str:
+        return f"<client of {vars(self)['_name']} at {vars(self)['_raw'].env.name}>"
+
+
+def _calling(raw: Client[Request, Response], codec: MethodCodec) -> Callable[..., Coroutine[Any, Any, Any]]:
+    dest, idempotent = codec.method.dest, codec.method.idempotent
+
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        reply = await raw(Request(codec.encode_arguments(args, kwargs), dest, (), idempotent))
+        if reply.contexts:
+            for key, value in reply.contexts:
+                if key == RAISED:
+                    raise _raised(codec, value.decode(errors="replace"), reply.body)
+        return codec.decode_result(reply.body)
+
+    call.__name__ = codec.method.name
+    call.__qualname__ = f"{codec.method.service}.{codec.method.name}"
+    call.__doc__ = codec.method.function.__doc__
+    call.__signature__ = codec.method.signature  # type: ignore[attr-defined]
+    return call
+
+
+def _raised(codec: MethodCodec, name: str, body: bytes) -> Exception:
+    exception = codec.exceptions.get(name)
+    if exception is None:
+        return RemoteError(f"the server raised {name}, which {codec.method} does not declare on this side")
+    return exception.decode(body)
+
+
+def client(contract: type[T], target: str, *layers: Any, label: str = "", **options: Any) -> TypedClient[T]:
+    """A client of the services that implement ``contract``.
+
+    Args:
+        contract: A class with ``@rpc`` methods: the implementation itself, or the contract that both sides share.
+        target: Where: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``.
+        layers: Each replaces the default at its place; plain filters are added. See `meshlib.client.default_layers`.
+        label: What the client is called in metrics, spans and errors; by default the contract's name.
+        options: ``limits``, ``clock``, ``seed``, ``classifier``: see `meshlib.mux.client`.
+
+    Raises:
+        ConfigurationError: The contract, the target or a layer makes no sense; says why.
+    """
+    if not isinstance(contract, type):
+        raise ConfigurationError(f"client({contract!r}, …): give the class with the @rpc methods first")
+    if not contracts_of(contract):
+        raise ConfigurationError(f"{contract.__name__} has no @rpc methods")
+    return TypedClient(contract, mux_client(target, *layers, label=label or contract.__name__, **options))
+
+
+def serve(
+    services: Any,
+    address: str = "mux://127.0.0.1:0",
+    *layers: Any,
+    label: str = "",
+    grace: float = GRACE,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Server:
+    """Serve one object with ``@rpc`` methods, or a list of them: ``async with`` it, or ``await`` it.
+
+    Args:
+        services: The objects.
+        address: ``mux://host:port`` (port 0 takes a free one), ``host:port`` or ``unix:///path``.
+        layers: Each replaces the default at its place; plain filters are added above the handlers. See
+            `meshlib.server.default_layers`.
+        label: What the server is called in metrics, spans and logs; by default its services' names.
+        grace: Seconds that closing waits for requests under way.
+        limits: What a client may ask of us.
+        options: ``trust_context``, ``clock``, ``seed``: see `meshlib.mux.serve`.
+
+    Raises:
+        ConfigurationError: A service, the address or a layer makes no sense; says why.
+    """
+    typed = TypedService(*(services if isinstance(services, list | tuple) else (services,)))
+    scheme, slashes, rest = address.partition("://")
+    if slashes and scheme not in ("mux", "unix"):
+        raise ConfigurationError(f"serve(…, {address!r}): expected mux://host:port or unix:///path")
+    where = rest if scheme == "mux" else address
+    if limits is not None:
+        options["limits"] = limits
+    return mux_serve(typed, where, *layers, label=label or ", ".join(typed.services), grace=grace, **options)

@@ -1,0 +1,190 @@
+"""Arguments, results and declared exceptions as MessagePack, checked against their declared types.
+
+Arguments travel as a map by name, and only those that the caller gave: a server that knows more parameters fills in
+its defaults, one that knows fewer passes over what it does not know. That is what lets either side add an optional
+parameter first.
+
+A declared exception travels as the fields of its dataclass, or as its ``args`` and attributes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import re
+from typing import Any, Final, get_type_hints
+
+import msgspec
+
+from ..core.errors import ConfigurationError, InvalidArgument, InvalidReply
+from .contract import Method
+
+__all__ = ["ExceptionCodec", "MethodCodec"]
+
+_encode = msgspec.msgpack.Encoder().encode
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_IMMUTABLE: Final = (type(None), bool, int, float, str, bytes)
+
+
+def _located(error: Exception) -> tuple[str, str]:
+    """What msgspec says, and where: ``Expected `int`, got `str```, ``items[0].age``."""
+    match = _AT.match(str(error))
+    what, path = (match["what"], match["path"] or "") if match else (str(error), "")
+    path = path.removeprefix("$").removeprefix(".")
+    return what[:1].lower() + what[1:], "" if path.startswith("key") else path
+
+
+class MethodCodec:
+    """Between one method's calls and bytes.
+
+    Raises:
+        ConfigurationError: A type in its signature is none that MessagePack can carry.
+    """
+
+    __slots__ = ("_arguments", "_names", "_required", "_result", "exceptions", "method")
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        fields: list[Any] = []
+        for p in method.signature.parameters.values():
+            kind = method.hints.get(p.name, Any)
+            fields.append((p.name, kind) if p.default is p.empty else (p.name, kind, _default(p.default)))
+        try:
+            arguments = msgspec.defstruct(f"{method.service}_{method.name}", fields, kw_only=True)
+            self._arguments = msgspec.msgpack.Decoder(arguments)
+            self._result = msgspec.msgpack.Decoder(method.hints.get("return", Any))
+        except TypeError as error:
+            raise ConfigurationError(f"{method}: {error}") from error
+        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self._names = [p.name for p in method.signature.parameters.values() if p.kind is positional]
+        self._required = frozenset(p.name for p in method.signature.parameters.values() if p.default is p.empty)
+        self.exceptions = {kind.__name__: ExceptionCodec(kind) for kind in method.raises}
+
+    def encode_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        """What the caller wrote between the parentheses.
+
+        Raises:
+            TypeError: Too many, too few, or unknown arguments, as for a call in the process.
+            InvalidArgument: One does not fit its declared type.
+        """
+        given = dict(zip(self._names, args, strict=False))
+        if kwargs:
+            given.update(kwargs)
+        if len(args) + len(kwargs) != len(given) or not self._required <= given.keys():
+            self._misfit(args, kwargs)
+        try:
+            body = _encode(given)
+            self._arguments.decode(body)
+        except (TypeError, ValueError, RecursionError) as error:
+            what, path = _located(error)
+            raise self._invalid(what, path) from error
+        if kwargs and not kwargs.keys() <= self.method.signature.parameters.keys():
+            self._misfit(args, kwargs)
+        return body
+
+    def _misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            self.method.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.method}(): {error}") from None
+
+    def _invalid(self, what: str, path: str) -> InvalidArgument:
+        return InvalidArgument(f"{self.method}(): {path + ': ' if path else ''}{what}", path=path)
+
+    def decode_arguments(self, body: bytes) -> dict[str, Any]:
+        """The arguments, by name, with this side's defaults for those that were not given.
+
+        Raises:
+            InvalidArgument: They do not fit; ``path`` says where.
+        """
+        try:
+            return msgspec.structs.asdict(self._arguments.decode(body))
+        except (ValueError, RecursionError) as error:
+            what, path = _located(error)
+            raise self._invalid(what, path) from error
+
+    def encode_result(self, result: Any) -> bytes:
+        """The handler's result.
+
+        Raises:
+            TypeError: It is of a type that MessagePack cannot carry.
+        """
+        return _encode(result)
+
+    def decode_result(self, body: bytes) -> Any:
+        """The result.
+
+        Raises:
+            InvalidReply: It is not what the contract declares.
+        """
+        try:
+            return self._result.decode(body)
+        except (ValueError, RecursionError) as error:
+            what, path = _located(error)
+            raise InvalidReply(f"{self.method}() answered with {path or 'a value'}: {what}", path=path) from error
+
+    def exception_codec(self, error: Exception) -> ExceptionCodec | None:
+        """How to send ``error``, if the method declares it or an ancestor of it."""
+        for kind in type(error).__mro__:
+            codec = self.exceptions.get(kind.__name__)
+            if codec is not None and codec.kind is kind:
+                return codec
+        return None
+
+
+def _default(value: Any) -> Any:
+    if type(value) in _IMMUTABLE:
+        return value
+    return msgspec.field(default_factory=lambda: copy.deepcopy(value))
+
+
+class ExceptionCodec:
+    """Between instances of one exception class and bytes."""
+
+    __slots__ = ("_decoder", "_hints", "kind")
+
+    def __init__(self, kind: type[Exception]) -> None:
+        self.kind = kind
+        try:
+            self._hints = get_type_hints(kind)
+        except Exception as error:
+            raise ConfigurationError(f"exception {kind.__name__}: cannot resolve its annotations: {error}") from error
+        self._decoder: Any = None
+        if dataclasses.is_dataclass(kind):
+            fields = [(f.name, self._hints.get(f.name, Any)) for f in dataclasses.fields(kind) if f.init]
+            self._decoder = msgspec.msgpack.Decoder(msgspec.defstruct(kind.__name__, fields, kw_only=True))
+
+    def encode(self, error: Exception) -> bytes:
+        """Its fields.
+
+        Raises:
+            TypeError: One of them is of a type that MessagePack cannot carry.
+        """
+        if self._decoder is not None:
+            return _encode({name: getattr(error, name) for name in self._decoder.type.__struct_fields__})
+        fields = {k: v for k, v in vars(error).items() if not k.startswith("__")}
+        return _encode((error.args, fields))
+
+    def decode(self, body: bytes) -> Exception:
+        """The exception, as it was raised.
+
+        Raises:
+            InvalidReply: The bytes are no such exception.
+        """
+        try:
+            if self._decoder is not None:
+                return self.kind(**msgspec.structs.asdict(self._decoder.decode(body)))
+            args, fields = _PLAIN.decode(body)
+            error = self.kind.__new__(self.kind, *args)
+            error.args = tuple(args)
+            for name, value in fields.items():
+                setattr(error, name, msgspec.convert(value, self._hints.get(name, Any)))
+            return error
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise InvalidReply(
+                f"the server raised {self.kind.__name__}, in a form that does not fit it: {error}"
+            ) from error
+
+
+_PLAIN = msgspec.msgpack.Decoder(tuple[list[Any], dict[str, Any]])
