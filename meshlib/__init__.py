@@ -43,7 +43,7 @@ from .core.stack import Layer, Stack
 from .filters.limit import concurrency_limit
 from .filters.retry import retry
 from .filters.timeout import timeout
-from .typed.client import client, serve
+from .typed.client import TypedClient, client, serve
 from .typed.contract import rpc
 
 __version__ = "0.1.0"
@@ -75,6 +75,7 @@ __all__ = [
     "Stack",
     "Status",
     "TraceId",
+    "TypedClient",
     "UnknownMethod",
     "UnknownService",
     "balance",

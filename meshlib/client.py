@@ -93,6 +93,8 @@ class Connector(Protocol):
 
     protocol: ClassVar[str]
     """Its name, such as ``mux``."""
+    keeps_deadline: ClassVar[bool]
+    """Do its sessions stop waiting when the context's deadline passes? See ``core/deadlines.py``."""
 
     async def connect(self, address: Address, env: Env, liveness: Liveness | None) -> Session[Any, Any]:
         """Connect, and do whatever handshake the protocol has.
@@ -113,6 +115,7 @@ class Liveness:
     """
 
     place: ClassVar[str] = "liveness"
+    keeps_deadline: ClassVar[bool] = True
 
     def __init__(self, interval: float = 5.0, timeout: float = 4.0) -> None:
         if not (interval > 0 and timeout > 0):
@@ -137,6 +140,7 @@ class Transport(ServiceFactory[Any, Any]):
     """
 
     place: ClassVar[str] = "transport"
+    keeps_deadline: ClassVar[bool] = True
 
     def __init__(
         self, connect_timeout: float = 1.0, connector: Connector | None = None, env: Env | None = None
@@ -236,7 +240,9 @@ class Client(Generic[Req, Rep]):
     def _build(self, connector: Connector) -> Any:
         top, rest = self.stack.split("bind")
         middle, endpoint = rest.split("balance")
-        env = self.env
+        below = self.stack.split("timeout")[1]
+        kept = connector.keeps_deadline and all(getattr(layer, "keeps_deadline", False) for layer in below)
+        env = self.env.evolve(deadline_kept=kept)
 
         def node(address: Address, health: Health) -> Node:
             own = env.evolve(address=address, health=health, closers=[])

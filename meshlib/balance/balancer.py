@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final
 import anyio
 
 from ..core.context import VAR, CallRecord
+from ..core.deadlines import kept
 from ..core.env import Env
 from ..core.errors import NoEndpoints, ResolutionError, ServiceClosed
 from ..core.health import Health
@@ -39,6 +40,7 @@ class Balance:
     """
 
     place: ClassVar[str] = "balance"
+    keeps_deadline: ClassVar[bool] = True
 
     def __init__(self, chooser: Chooser | None = None) -> None:
         self.chooser = chooser or P2C()
@@ -124,12 +126,16 @@ class Balancer:
         now = self._env.clock.now()
         if self._unready_since is None:
             self._unready_since = now
-        left = self._unready_since + PATIENCE - now
+        patient = self._unready_since + PATIENCE
+        deadline = VAR.get().deadline
+        left = (patient if deadline is None else min(patient, deadline)) - now
         with anyio.CancelScope(deadline=anyio.current_time() + max(0.0, left)):
             while not self._ready and not self._closed and left > 0:
                 if self._someone_ready is None:
                     self._someone_ready = anyio.Event()
                 await self._someone_ready.wait()
+        if not self._ready and deadline is not None and deadline < patient:
+            raise kept(f"the deadline passed while no endpoint was ready: {self._none_ready().message}")
         if self._closed:
             raise ServiceClosed("the client is closed")
         if not self._ready:

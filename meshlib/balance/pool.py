@@ -26,6 +26,8 @@ from typing import Any, ClassVar, Final
 
 import anyio
 
+from ..core.context import VAR
+from ..core.deadlines import wait_by
 from ..core.env import Env
 from ..core.errors import ConnectError, MeshError, ServiceClosed
 from ..core.service import ServiceFactory, Session, Status
@@ -41,6 +43,7 @@ class Pool:
     """The layer: one shared session per endpoint."""
 
     place: ClassVar[str] = "pool"
+    keeps_deadline: ClassVar[bool] = True
 
     def build(self, env: Env, below: ServiceFactory[Any, Any]) -> Any:
         """A service over a pool over the connector."""
@@ -113,7 +116,8 @@ class SingletonPool(ServiceFactory[Any, Any]):
         if self._state is _State.CONNECTING:
             if self._settled is None:
                 self._settled = anyio.Event()
-            await self._settled.wait()
+            deadline = VAR.get().deadline
+            await wait_by(self._settled, deadline, self._env.clock, f"a connection to {self._env.address}")
             if self._session is not None:
                 return await self.acquire()
         if self._state is _State.CLOSED:

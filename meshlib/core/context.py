@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
+import anyio
 import msgspec
 
 from .clock import Clock
@@ -118,6 +119,9 @@ class Context(msgspec.Struct, frozen=True):
 
 EMPTY: Final = Context()
 VAR: Final[ContextVar[Context]] = ContextVar("meshlib.context", default=EMPTY)
+
+SCOPE: Final[ContextVar[anyio.CancelScope | None]] = ContextVar("meshlib.scope", default=None)
+"""On a server: the cancel scope that a request is handled in, whose owner answers when it expires."""
 
 current = VAR.get
 """The context of the code that is running."""

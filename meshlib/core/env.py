@@ -108,6 +108,7 @@ class Env:
         address: The endpoint, for layers below the balancer.
         health: The endpoint's account of itself, for layers below the balancer.
         closers: What to close when the endpoint is dropped; layers append to it as they are built.
+        deadline_kept: Every layer and session below bounds its own waits by the context's deadline.
         params: Values that some layers leave for others, by type.
     """
 
@@ -123,6 +124,7 @@ class Env:
     address: Any = None
     health: Health = field(default_factory=Health)
     closers: list[Callable[[], Any]] = field(default_factory=list)
+    deadline_kept: bool = False
     params: dict[type, Any] = field(default_factory=dict)
 
     def shared(self, kind: type[T], make: Callable[[], T]) -> T:

@@ -159,6 +159,9 @@ class ConnectionLost(MeshError, ConnectionError):
 class DeadlineExceeded(MeshError, TimeoutError):
     """The call's time ran out: its own timeout, or the deadline that it inherited."""
 
+    kept_here = False
+    """Raised by a layer of this process that keeps the deadline of the call; see ``core/deadlines.py``."""
+
 
 class AttemptTimeout(DeadlineExceeded):
     """One try took longer than the attempt timeout; the call as a whole may still have time for another."""

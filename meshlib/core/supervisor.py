@@ -54,13 +54,14 @@ class Supervisor:
         name: Whose tasks these are, for logs.
     """
 
-    __slots__ = ("_closed", "_idle", "_jobs", "name")
+    __slots__ = ("_closed", "_idle", "_jobs", "_trio", "name")
 
     def __init__(self, name: str = "meshlib") -> None:
         self.name = name
         self._jobs: set[Job] = set()
         self._closed = False
         self._idle: anyio.Event | None = None
+        self._trio: Any = None
 
     @property
     def jobs(self) -> int:
@@ -91,19 +92,29 @@ class Supervisor:
         Raises:
             ServiceClosed: The supervisor has been closed.
         """
+        job = Job(name or getattr(function, "__qualname__", "job"))
+        self.launch(job, function, args, contextvars.Context() if context is None else context)
+        return job
+
+    def launch(
+        self, job: Job, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], context: contextvars.Context
+    ) -> None:
+        """As `start`, with a job that the caller has made, and may have told others of, before it runs.
+
+        Raises:
+            ServiceClosed: The supervisor has been closed.
+        """
         if self._closed:
             raise ServiceClosed(f"{self.name} is closed")
-        job = Job(name or getattr(function, "__qualname__", "job"))
-        if context is None:
-            context = contextvars.Context()
-        trio = sys.modules.get("trio")
-        if trio is not None and trio.lowlevel.in_trio_run():
-            job.task = trio.lowlevel.spawn_system_task(self._run, job, function, args, name=job.name, context=context)
+        self._jobs.add(job)
+        if self._trio is None:
+            self._trio = _running_trio()
+        if self._trio:
+            spawn = self._trio.lowlevel.spawn_system_task
+            job.task = spawn(self._run, job, function, args, name=job.name, context=context)
         else:
             loop = asyncio.get_running_loop()
             job.task = loop.create_task(self._run(job, function, args), name=job.name, context=context)
-        self._jobs.add(job)
-        return job
 
     async def _run(self, job: Job, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
         try:
@@ -139,10 +150,14 @@ class Supervisor:
 def _is_current(job: Job) -> bool:
     if job.task is None:
         return False
+    trio = _running_trio()
+    return bool(job.task is (trio.lowlevel.current_task() if trio else asyncio.current_task()))
+
+
+def _running_trio() -> Any:
+    """The module trio, if it runs the current task, else ``False``. Never imports it."""
     trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
-        return bool(job.task is trio.lowlevel.current_task())
-    return bool(job.task is asyncio.current_task())
+    return trio if trio is not None and trio.lowlevel.in_trio_run() else False
 
 
 def cancel_after(scope: anyio.CancelScope, seconds: float) -> None:

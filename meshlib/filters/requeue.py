@@ -42,6 +42,7 @@ class Requeue(Filter[Any, Any, Any, Any]):
     """Sends again what was never processed."""
 
     place: ClassVar[str] = "requeue"
+    keeps_deadline: ClassVar[bool] = True
 
     def __init__(self, env: Env | None = None) -> None:
         env = env or Env()

@@ -36,6 +36,7 @@ class Retry(Filter[Any, Any, Any, Any]):
     """Makes a failed call again. See `retry` for the parameters."""
 
     place: ClassVar[str] = "retry"
+    keeps_deadline: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import anyio
 
-from ..core.context import VAR, Context
+from ..core.context import SCOPE, VAR, Context
 from ..core.env import Env
 from ..core.errors import AttemptTimeout, ConfigurationError, DeadlineExceeded
 from ..core.service import Filter, Service
@@ -44,7 +44,9 @@ class TotalTimeout(Filter[Any, Any, Any, Any]):
 
     def __init__(self, seconds: float | None, env: Env | None = None) -> None:
         self.seconds = _seconds(seconds, "total")
-        self._clock = (env or Env()).clock
+        env = env or Env()
+        self._clock = env.clock
+        self._kept_below = env.deadline_kept
 
     def build(self, env: Env, service: Any) -> Any:
         """On the client's clock."""
@@ -69,15 +71,24 @@ class TotalTimeout(Filter[Any, Any, Any, Any]):
             raise DeadlineExceeded("the deadline had passed before the call was made", processed=False)
         token = None if inherited else VAR.set(context.evolve(deadline=at))
         try:
+            if self._kept_below:
+                return await service(request)
             with anyio.CancelScope(deadline=anyio.current_time() + (at - now)):
                 return await service(request)
+        except DeadlineExceeded as error:
+            if error.kept_here:
+                error.args = (self._whose(inherited, at - now),)
+            raise
         finally:
             if token is not None:
                 VAR.reset(token)
         # Only a scope that has swallowed its own cancellation lets control come here.
+        raise DeadlineExceeded(self._whose(inherited, at - now))
+
+    def _whose(self, inherited: bool, left: float) -> str:
         if inherited:
-            raise DeadlineExceeded(f"the inherited deadline passed, {at - now:.3f} s after the call was made")
-        raise DeadlineExceeded(f"no reply within the timeout of {self.seconds:g} s")
+            return f"the inherited deadline passed, {left:.3f} s after the call was made"
+        return f"no reply within the timeout of {self.seconds:g} s"
 
     def __repr__(self) -> str:
         return f"timeout(total={_show(self.seconds)})"
@@ -91,6 +102,7 @@ class AttemptLimit(Filter[Any, Any, Any, Any]):
     """
 
     place: ClassVar[str] = "attempt_timeout"
+    keeps_deadline: ClassVar[bool] = True
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = _seconds(seconds, "attempt")
@@ -160,7 +172,12 @@ def timeout(total: float | _Unset | None = _UNSET, *, attempt: float | _Unset | 
 
 
 class ServerDeadline(Filter[Any, Any, Any, Any]):
-    """Refuses requests whose caller has given up, and cancels a handler when its caller does."""
+    """Refuses requests whose caller has given up, and cancels a handler when its caller does.
+
+    The server's own cancel scope around the request is given the deadline, and whoever owns that scope tells the caller;
+    layers above see a cancellation while the context's deadline has passed. Without such a scope, as when the filter is
+    composed by hand, it opens one and raises `DeadlineExceeded` itself.
+    """
 
     place: ClassVar[str] = "deadline"
 
@@ -168,7 +185,6 @@ class ServerDeadline(Filter[Any, Any, Any, Any]):
         env = env or Env()
         self._clock = env.clock
         self._expired = env.metrics.counter("deadline/expired")
-        self._exceeded = env.metrics.counter("deadline/exceeded")
 
     def build(self, env: Env, service: Any) -> Any:
         """On the server's clock."""
@@ -187,9 +203,12 @@ class ServerDeadline(Filter[Any, Any, Any, Any]):
         if left <= 0:
             self._expired.value += 1
             raise DeadlineExceeded("the deadline had passed before the request was handled", processed=False)
+        scope = SCOPE.get()
+        if scope is not None:
+            scope.deadline = anyio.current_time() + left
+            return await service(request)
         with anyio.CancelScope(deadline=anyio.current_time() + left):
             return await service(request)
-        self._exceeded.value += 1
         raise DeadlineExceeded("the deadline passed while the request was handled", processed=True)
 
     def __repr__(self) -> str:

@@ -28,6 +28,7 @@ class MuxConnector:
     """
 
     protocol: ClassVar[str] = "mux"
+    keeps_deadline: ClassVar[bool] = True
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits = limits

@@ -24,11 +24,12 @@ import anyio
 
 from ..core.clock import Clock
 from ..core.context import VAR
+from ..core.deadlines import Wheel, kept
 from ..core.env import Metrics
-from ..core.errors import ConnectionLost, MeshError, Rejected, RemoteError
+from ..core.errors import ConnectionLost, DeadlineExceeded, MeshError, Rejected, RemoteError
 from ..core.service import Status
 from .codec import MuxError, decode, encode, encode_tdispatch
-from .connection import Connection
+from .connection import SLICE, Connection
 from .contexts import LOW, encode_context
 from .failure import from_wire
 from .messages import (
@@ -100,6 +101,7 @@ class ClientSession:
         self._ping_interval = ping_interval
         self._ping_timeout = ping_timeout
         self._tags = TagPool()
+        self._deadlines = Wheel(clock, self._expire)
         self._pending: dict[int, _Pending | None] = {}
         self._draining = False
         self._closed: MeshError | None = None
@@ -142,7 +144,7 @@ class ClientSession:
             raise self._refusal()
         connection = self.connection
         if connection.congested:
-            await connection.writable()
+            await connection.writable(VAR.get().deadline, self._clock)
             if self._draining or self._closed is not None:
                 raise self._refusal()
         tag = self._tags.acquire()
@@ -155,11 +157,16 @@ class ClientSession:
             raise
         pending = self._pending[tag] = _Pending()
         connection.write(frame, tag)
+        deadline = VAR.get().deadline
+        tick = None if deadline is None else self._deadlines.add(deadline, tag)
         try:
             await pending.answered.wait()
         except BaseException:
-            self._abandon(tag, pending)
+            self._abandon(tag, pending, "the caller cancelled the request")
             raise
+        finally:
+            if tick is not None:
+                self._deadlines.discard(tick, tag)
         reply = pending.reply
         if type(reply) is Rdispatch:
             self._dispatches = True
@@ -182,6 +189,8 @@ class ClientSession:
             if reply.status is ReplyStatus.OK:
                 return Response(reply.body)
             raise self._located(from_wire(reply.status, (), reply.body))
+        if isinstance(reply, DeadlineExceeded):
+            raise self._located(reply)
         if isinstance(reply, MeshError):
             raise type(reply)(reply.message, endpoint=self.endpoint) from reply.__cause__
         if isinstance(reply, Rerr):
@@ -202,7 +211,14 @@ class ClientSession:
             return Rejected(f"the session is closed: {self._closed.message}", endpoint=self.endpoint)
         return Rejected("the server is draining", endpoint=self.endpoint)
 
-    def _abandon(self, tag: int, pending: _Pending) -> None:
+    def _expire(self, tag: int) -> None:
+        pending = self._pending.get(tag)
+        if pending is not None:
+            self._abandon(tag, pending, "the deadline passed")
+            pending.reply = kept("the deadline passed before the reply came")
+            pending.answered.set()
+
+    def _abandon(self, tag: int, pending: _Pending, why: str) -> None:
         if self._pending.get(tag) is not pending:
             return  # the reply came in the same moment
         if self.connection.withdraw(tag):
@@ -211,7 +227,7 @@ class ClientSession:
             self._check_drained()
         else:
             self._pending[tag] = None
-            self.connection.send(Tdiscarded(MARKER_TAG, tag, "the caller cancelled the request"))
+            self.connection.send(Tdiscarded(MARKER_TAG, tag, why))
 
     # --- the session --------------------------------------------------------------------------------------------------
 
@@ -222,6 +238,7 @@ class ClientSession:
             with self._scope:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._write)
+                    group.start_soon(self._deadlines.run)
                     if self._ping_interval is not None:
                         group.start_soon(self._ping, self._ping_interval)
                     try:
@@ -280,7 +297,9 @@ class ClientSession:
         limit = connection.limits.max_contexts
         frames = connection.take_unread()
         while True:
-            for frame in frames:
+            for n, frame in enumerate(frames):
+                if n and not n % SLICE:
+                    await connection.give_way()
                 message = decode(frame, limit)
                 if type(message) is Rdispatch or (isinstance(message, _ANSWERS) and message.tag != CONTROL_TAG):
                     waiting = pending.pop(message.tag, _NOBODY)

@@ -13,8 +13,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import ByteStream
 
+from ..core.clock import Clock
+from ..core.context import CLOCK
+from ..core.deadlines import wait_by
 from ..core.env import Metrics, NoMetrics
 from .codec import HEADER, Limits, MuxError, decode, encode
 from .framer import Fragmenter, Framer, Reassembler
@@ -24,6 +28,7 @@ __all__ = ["Connection"]
 
 HIGH_WATER: Final = 1024 * 1024
 READ_SIZE: Final = 256 * 1024
+SLICE: Final = 16
 _FRAGMENTED: Final = (Code.TDISPATCH & 0xFF, Code.RDISPATCH & 0xFF)
 
 
@@ -139,12 +144,26 @@ class Connection:
         """Is the peer slow to read? Then wait for `writable` before adding more."""
         return self._queued > HIGH_WATER
 
-    async def writable(self) -> None:
-        """Wait until there is room again."""
+    async def writable(self, deadline: float | None = None, clock: Clock = CLOCK) -> None:
+        """Wait until there is room again.
+
+        Raises:
+            DeadlineExceeded: ``deadline``, on ``clock``, passed first.
+        """
         while self.congested and not self._ended:
             if self._room is None:
                 self._room = anyio.Event()
-            await self._room.wait()
+            await wait_by(self._room, deadline, clock, "a slow peer to read")
+
+    async def give_way(self) -> None:
+        """Let the tasks that were just woken run, and what they wrote leave.
+
+        Called after every `SLICE` messages of a large read. Otherwise one turn of the event loop takes them all in, the
+        next answers them all, and the two ends of a busy connection work in turns instead of at the same time. Measured
+        with 64 callers and an end on each core: 1.8 times the requests a second.
+        """
+        await anyio.lowlevel.checkpoint()  # those that were woken
+        await anyio.lowlevel.checkpoint()  # the write loop, which they woke
 
     async def flush(self) -> None:
         """Wait until everything queued has been handed to the operating system."""

@@ -22,13 +22,13 @@ import logging
 import anyio
 
 from ..core.clock import Clock
-from ..core.context import VAR, Context, TraceId
+from ..core.context import SCOPE, VAR, Context, TraceId
 from ..core.env import Metrics
-from ..core.errors import MeshError, Rejected
+from ..core.errors import DeadlineExceeded, MeshError, Rejected, ServiceClosed
 from ..core.service import Service
 from ..core.supervisor import Job, Supervisor
 from .codec import MuxError, decode, encode_contexts, encode_rdispatch
-from .connection import Connection
+from .connection import SLICE, Connection
 from .contexts import ContextReader
 from .failure import to_wire
 from .handshake import ServerHandshake
@@ -166,7 +166,9 @@ class ServerSession:
             self._receive(first)
         frames = connection.take_unread()
         while True:
-            for frame in frames:
+            for n, frame in enumerate(frames):
+                if n and not n % SLICE:
+                    await connection.give_way()
                 message = decode(frame, limit)
                 if type(message) is Tdispatch:
                     self._dispatch(message, self._contexts.read(message.contexts, message.dtab))
@@ -197,14 +199,13 @@ class ServerSession:
         dest = message.dest if isinstance(message, Tdispatch) else ""
         variables = self._base.copy()
         variables.run(VAR.set, context)
+        job = self._in_flight[tag] = Job(dest or "request")
+        variables.run(SCOPE.set, job.scope)
         try:
-            job = self._supervisor.start(
-                self._handle, message, Request(message.body, dest), name=dest or "request", context=variables
-            )
-        except MeshError:  # the server has closed in this very turn
+            self._supervisor.launch(job, self._handle, (message, Request(message.body, dest)), variables)
+        except ServiceClosed:  # in this very turn
+            del self._in_flight[tag]
             self._answer(message, Rejected("the server is closing"))
-            return
-        self._in_flight[tag] = job
 
     async def _handle(self, message: Tdispatch | Treq, request: Request) -> None:
         self._running += 1
@@ -216,6 +217,11 @@ class ServerSession:
         except Exception as error:  # a filter of the user's, above the error mapping
             logger.exception("a layer of the server failed on %s", request.dest or "a request")
             outcome = MeshError(f"internal error: {type(error).__name__}")
+        except BaseException:
+            deadline = VAR.get().deadline
+            if deadline is not None and self._clock.now() >= deadline:
+                outcome = DeadlineExceeded("the deadline passed while the request was handled", processed=True)
+            raise
         finally:
             self._running -= 1
             # Discarded requests and those of a lost connection are no longer in the table: nobody waits for them.

@@ -21,6 +21,7 @@ class Bind:
     """Watches the client's target and builds the cluster below for it."""
 
     place: ClassVar[str] = "bind"
+    keeps_deadline: ClassVar[bool] = True
 
     def build(self, env: Env, below: Callable[[Watch], Any]) -> Any:
         """Malformed targets are told at once, not on the first call."""

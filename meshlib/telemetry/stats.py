@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ..core.classify import ResponseClass, classify
+from ..core.context import VAR
 from ..core.env import Env
 from ..core.service import Filter, Service
 
@@ -61,7 +62,14 @@ class Stats(Filter[Any, Any, Any, Any]):
                 self._failed(type(error).__name__)
             raise
         except BaseException:
-            self._cancelled.value += 1
+            deadline = VAR.get().deadline
+            if deadline is not None and now() >= deadline:
+                # Its time ran out, and whoever keeps the deadline cancelled it: that is a failure, not a change of mind.
+                self._requests.value += 1
+                self._latency.record((now() - started) * 1e3)
+                self._failed("DeadlineExceeded")
+            else:
+                self._cancelled.value += 1
             raise
         finally:
             self.pending -= 1
@@ -85,6 +93,7 @@ class EndpointStats(Stats):
     """The same for one endpoint: every attempt counts, and the numbers leave with the endpoint."""
 
     place: ClassVar[str] = "endpoint_stats"
+    keeps_deadline: ClassVar[bool] = True
 
     def scoped(self, env: Env) -> Env:
         """Below ``endpoints/<address>``."""

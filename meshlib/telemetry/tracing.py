@@ -58,7 +58,10 @@ class _Tracing(Filter[Any, Any, Any, Any]):
             if error is None:
                 span.set_attribute("rpc.status_code", "OK")
             else:
-                span.set_attribute("error.type", type(error).__name__)
+                deadline = VAR.get().deadline
+                late = deadline is not None and self.env.clock.now() >= deadline
+                expired = late and not isinstance(error, Exception)
+                span.set_attribute("error.type", "DeadlineExceeded" if expired else type(error).__name__)
                 span.set_status(Status(StatusCode.ERROR, str(error)))
         span.end()
 
