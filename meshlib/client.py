@@ -18,7 +18,6 @@ from .balance.node import Node
 from .balance.pool import Pool
 from .core.classify import Classifier, classify
 from .core.clock import Clock
-from .core.context import CLOCK
 from .core.env import Env
 from .core.errors import ConfigurationError, ConnectError, MeshError, ServiceClosed
 from .core.health import Health
@@ -225,7 +224,7 @@ class Client(Generic[Req, Rep]):
             label=label or target,
             name=target,
             protocol=connector.protocol,
-            clock=clock or CLOCK,
+            clock=clock or Clock(),
             rng=random.Random(seed),
             metrics=self.registry,
             supervisor=Supervisor(f"client {label or target!r}"),

@@ -18,7 +18,6 @@ import anyio
 from anyio.abc import ByteStream, SocketAttribute, SocketListener
 
 from .core.clock import Clock
-from .core.context import CLOCK
 from .core.env import Env
 from .core.errors import ConfigurationError, ServiceClosed
 from .core.service import as_service
@@ -130,7 +129,7 @@ class Server:
             label=label or address,
             name=address,
             protocol=acceptor.protocol,
-            clock=clock or CLOCK,
+            clock=clock or Clock(),
             rng=random.Random(seed),
             metrics=self.registry,
             supervisor=Supervisor(f"server {label or address!r}"),

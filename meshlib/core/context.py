@@ -21,12 +21,12 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from .clock import Clock
+from .clock import Clock, loop_time
 from .errors import Attempt, ConfigurationError
 
 __all__ = ["CLOCK", "CallRecord", "Context", "TraceId", "current", "deadline", "remaining", "use"]
 
-CLOCK: Final = Clock()
+CLOCK: Final = Clock(loop_time)
 """The clock that deadlines are measured on, for code that has no client or server to ask."""
 
 
@@ -150,7 +150,7 @@ def deadline(seconds: float, clock: Clock = CLOCK) -> Iterator[Context]:
     The calls made in the body raise `DeadlineExceeded` once it has passed. Code in the body that calls nobody is not
     interrupted: that is what ``anyio.fail_after`` is for.
     """
-    if not seconds > 0:
+    if not 0 < seconds < 1e9:
         raise ConfigurationError(f"deadline({seconds!r}): give the seconds that are left, a number above 0")
     at = clock.now() + seconds
     context = current()

@@ -126,7 +126,9 @@ class _Folded(functools.partial[Awaitable[Any]]):
     """A filter applied to a service: a service again. A partial: calling it costs no Python frame of its own."""
 
     def __repr__(self) -> str:
-        return f"{self.func.__self__!r} >> {self.keywords['service']!r}"  # type: ignore[attr-defined]
+        step = getattr(self.func, "__self__", None)
+        name = repr(step) if isinstance(step, Filter) else getattr(self.func, "__name__", repr(self.func))
+        return f"{name} >> {self.keywords['service']!r}"
 
 
 class Filter(Generic[ReqIn, RepOut, ReqOut, RepIn]):
@@ -222,7 +224,7 @@ class _FunctionFilter(Filter[Any, Any, Any, Any]):
     @functools.cached_property
     def _takes_keyword(self) -> bool:
         code = getattr(self.function, "__code__", None)
-        return code is not None and "service" in code.co_varnames[: code.co_argcount]
+        return code is not None and "service" in code.co_varnames[code.co_posonlyargcount : code.co_argcount]
 
     def _closed_over(self, service: Any) -> Any:
         function = self.function
@@ -243,6 +245,8 @@ def filter(
     function: Callable[[ReqIn, Service[ReqOut, RepIn]], Awaitable[RepOut]],
 ) -> Filter[ReqIn, RepOut, ReqOut, RepIn]:
     """Make a filter of an async function ``(request, service) -> reply``."""
+    if not callable(function):
+        raise TypeError(f"@meshlib.filter makes a filter of an async function, and {function!r} is none")
     return _FunctionFilter(function)
 
 

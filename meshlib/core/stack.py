@@ -75,6 +75,8 @@ class Stack:
         for layer in layers:
             if isinstance(layer, Layers):
                 stack = stack.with_layers(*layer)
+            elif isinstance(layer, type):
+                raise ConfigurationError(f"{layer!r} is a class; give a value, such as {layer.__name__}(…)")
             elif not isinstance(layer, Layer):
                 hint = "; a function becomes a layer with @meshlib.filter" if callable(layer) else ""
                 raise ConfigurationError(f"{layer!r} is not a layer{hint}")

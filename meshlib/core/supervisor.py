@@ -24,7 +24,7 @@ import anyio
 
 from .errors import ServiceClosed
 
-__all__ = ["Job", "Supervisor", "cancel_after"]
+__all__ = ["Job", "Supervisor"]
 
 logger = logging.getLogger("meshlib")
 
@@ -106,14 +106,14 @@ class Supervisor:
         """
         if self._closed:
             raise ServiceClosed(f"{self.name} is closed")
-        self._jobs.add(job)
         if self._trio is None:
             self._trio = _running_trio()
-        if self._trio:
+        loop = None if self._trio else asyncio.get_running_loop()
+        self._jobs.add(job)
+        if loop is None:
             spawn = self._trio.lowlevel.spawn_system_task
             job.task = spawn(self._run, job, function, args, name=job.name, context=context)
         else:
-            loop = asyncio.get_running_loop()
             job.task = loop.create_task(self._run(job, function, args), name=job.name, context=context)
 
     async def _run(self, job: Job, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
@@ -158,8 +158,3 @@ def _running_trio() -> Any:
     """The module trio, if it runs the current task, else ``False``. Never imports it."""
     trio = sys.modules.get("trio")
     return trio if trio is not None and trio.lowlevel.in_trio_run() else False
-
-
-def cancel_after(scope: anyio.CancelScope, seconds: float) -> None:
-    """Let ``scope`` expire ``seconds`` from now, by the event loop's own clock."""
-    scope.deadline = anyio.current_time() + seconds

@@ -174,9 +174,9 @@ def timeout(total: float | _Unset | None = _UNSET, *, attempt: float | _Unset | 
 class ServerDeadline(Filter[Any, Any, Any, Any]):
     """Refuses requests whose caller has given up, and cancels a handler when its caller does.
 
-    The server's own cancel scope around the request is given the deadline, and whoever owns that scope tells the caller;
-    layers above see a cancellation while the context's deadline has passed. Without such a scope, as when the filter is
-    composed by hand, it opens one and raises `DeadlineExceeded` itself.
+    The server's own cancel scope around the request is given the deadline, and whoever owns that scope tells the
+    caller; layers above see a cancellation while the context's deadline has passed. Without such a scope, as when the
+    filter is composed by hand, it opens one and raises `DeadlineExceeded` itself.
     """
 
     place: ClassVar[str] = "deadline"

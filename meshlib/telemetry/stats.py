@@ -64,7 +64,7 @@ class Stats(Filter[Any, Any, Any, Any]):
         except BaseException:
             deadline = VAR.get().deadline
             if deadline is not None and now() >= deadline:
-                # Its time ran out, and whoever keeps the deadline cancelled it: that is a failure, not a change of mind.
+                # Its time ran out, and whoever keeps the deadline cancelled it: a failure, not a change of mind.
                 self._requests.value += 1
                 self._latency.record((now() - started) * 1e3)
                 self._failed("DeadlineExceeded")
