@@ -87,7 +87,7 @@ class Servers:
         return address
 
     def end(self, address: str, how: signal.Signals) -> None:
-        """Send a signal and wait until the process is gone. It stays listed, as in a registry that is slow to notice."""
+        """Signal a server and wait until it is gone. It stays listed, as in a registry that is slow to notice."""
         self.running[address].send_signal(how)
         self.running[address].wait(15)
 

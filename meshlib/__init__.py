@@ -16,9 +16,8 @@
 """
 
 from . import mux
-from .balance.balancer import Balance as balance  # noqa: N813 - a value in a stack is written like the others
 from .core.clock import Clock
-from .core.context import Context, TraceId, current, deadline, remaining
+from .core.context import Context, TraceId, current, deadline, remaining, use
 from .core.errors import (
     Attempt,
     AttemptTimeout,
@@ -78,7 +77,6 @@ __all__ = [
     "TypedClient",
     "UnknownMethod",
     "UnknownService",
-    "balance",
     "client",
     "concurrency_limit",
     "current",
@@ -90,4 +88,5 @@ __all__ = [
     "rpc",
     "serve",
     "timeout",
+    "use",
 ]

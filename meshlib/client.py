@@ -6,6 +6,7 @@ several times, once for each try that the layers above make. Below ``balance`` t
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
@@ -185,7 +186,9 @@ def describe(error: OSError) -> str:
     if isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
     inner = cause if isinstance(cause, OSError) else error
-    return f"connect failed: {inner.strerror or inner}"
+    # asyncio puts words of its own where the system's would be; the number tells what those were.
+    number = inner.errno or 0
+    return f"connect failed: {os.strerror(number) if number > 0 else inner.strerror or inner}"
 
 
 class Client(Generic[Req, Rep]):
@@ -199,6 +202,7 @@ class Client(Generic[Req, Rep]):
         connector: The protocol.
         layers: Each replaces the default at its place; plain filters are added.
         label: What the client is called in metrics, spans and errors.
+        stack: Changes the stack in ways that a layer alone cannot say: ``lambda s: s.insert_before("retry", mine)``.
         clock: What time it is; for tests.
         seed: Of the client's random choices; for tests.
         classifier: Which outcomes are failures.
@@ -213,12 +217,18 @@ class Client(Generic[Req, Rep]):
         connector: Connector,
         *layers: Any,
         label: str = "",
+        stack: Callable[[Stack], Stack] | None = None,
         clock: Clock | None = None,
         seed: int | None = None,
         classifier: Classifier = classify,
     ) -> None:
         self.registry = Registry()
         self.stack = Stack(PLACES, default_layers()).with_layers(*layers)
+        if stack is not None:
+            self.stack = stack(self.stack)
+        for place in ("bind", "balance", "pool", "transport"):
+            if self.stack.find(place) is None:
+                raise ConfigurationError(f"a client cannot do without a layer at {place!r}; replace it instead")
         self.env = Env(
             kind="client",
             label=label or target,
@@ -264,8 +274,8 @@ class Client(Generic[Req, Rep]):
     def start(self) -> None:
         """Begin to resolve the target. Needs a running event loop; the first call does it as well."""
         if not self._started and not self._closed:
-            self._started = True
             self._watch.start()
+            self._started = True
             self._balancer.follow(self._watch)
 
     async def aclose(self) -> None:

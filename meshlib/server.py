@@ -10,7 +10,8 @@ import contextvars
 import errno
 import logging
 import random
-from collections.abc import Generator
+import socket
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, ClassVar, Final, Protocol, Self
 
@@ -100,6 +101,7 @@ class Server:
         layers: Each replaces the default at its place; plain filters are added above the handler.
         label: What the server is called in metrics, spans and logs.
         grace: Seconds that `aclose` waits for requests under way.
+        stack: Changes the stack in ways that a layer alone cannot say: ``lambda s: s.remove("limit")``.
         clock: What time it is; for tests.
         seed: Of the server's random choices; for tests.
 
@@ -115,6 +117,7 @@ class Server:
         *layers: Any,
         label: str = "",
         grace: float = GRACE,
+        stack: Callable[[Stack], Stack] | None = None,
         clock: Clock | None = None,
         seed: int | None = None,
     ) -> None:
@@ -124,6 +127,8 @@ class Server:
         self._host, self._port = ("", 0) if self._unix else parse_hostport(address)
         self.registry = Registry()
         self.stack = Stack(PLACES, default_layers()).with_layers(*layers)
+        if stack is not None:
+            self.stack = stack(self.stack)
         self.env = Env(
             kind="server",
             label=label or address,
@@ -138,6 +143,7 @@ class Server:
         self._acceptor = acceptor
         self._service = self.stack.build(self.env, as_service(service))
         self._listeners: list[SocketListener] = []
+        self._address = f"unix://{self._unix}" if self._unix else ""
         self._accepting = Supervisor(f"listener of {label or address!r}")
         self._connections: set[ServerConnection] = set()
         self._base = contextvars.Context()
@@ -153,13 +159,9 @@ class Server:
         Raises:
             ServiceClosed: It has not been started.
         """
-        if self._unix:
-            return f"unix://{self._unix}"
-        if not self._listeners:
+        if not self._address:
             raise ServiceClosed("the server has not been started; use `async with` or `await` it")
-        bound: Any = self._listeners[0].extra(SocketAttribute.local_address)
-        host, port = bound[:2]
-        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+        return self._address
 
     @property
     def connections(self) -> tuple[ServerConnection, ...]:
@@ -179,13 +181,22 @@ class Server:
             return
         self._closed = anyio.Event()
         self._base = contextvars.copy_context()
-        if self._unix:
-            self._listeners = [await anyio.create_unix_listener(self._unix)]
-        else:
-            multi = await anyio.create_tcp_listener(local_host=self._host or None, local_port=self._port)
-            self._listeners = [*multi.listeners]  # type: ignore[list-item]
+        try:
+            self._listeners = await self._bind()
+        except BaseException:
+            self._closed = None
+            raise
         for listener in self._listeners:
             self._accepting.start(self._accept_from, listener, name="accept")
+
+    async def _bind(self) -> list[SocketListener]:
+        if self._unix:
+            return [await anyio.create_unix_listener(self._unix)]
+        multi = await anyio.create_tcp_listener(local_host=self._host or None, local_port=self._port)
+        bound: Any = multi.extra(SocketAttribute.local_address)
+        host, port = bound[:2]
+        self._address = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+        return [*multi.listeners]  # type: ignore[list-item]
 
     async def _accept_from(self, listener: SocketListener) -> None:
         while True:
@@ -208,6 +219,10 @@ class Server:
 
     async def _serve(self, stream: ByteStream) -> None:
         remote = stream.extra(SocketAttribute.remote_address, "")
+        raw = stream.extra(SocketAttribute.raw_socket, None)
+        if raw is not None and not self._unix:
+            # A client whose machine is gone says nothing, and a server sends no pings: let the system find out.
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         peer = f"{remote[0]}:{remote[1]}" if isinstance(remote, tuple) else str(remote) or "a Unix socket"
         await self.serve_stream(stream, peer)
 
@@ -282,6 +297,6 @@ class Server:
         return self.registry.snapshot()
 
     def __repr__(self) -> str:
-        where = self.address if self._listeners else self.env.name
+        where = self._address or self.env.name
         state = "closed" if self._closing else f"{len(self._connections)} connections"
         return f"server {self.env.label!r} on {where} ({self.env.protocol}, {state})\n" + self.stack.describe()

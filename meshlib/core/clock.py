@@ -19,35 +19,40 @@ import anyio
 __all__ = ["Clock", "loop_time"]
 
 
+def loop_time() -> float:
+    """Monotonic seconds on the clock of the event loop that runs now: trio's own, else ``time.monotonic``."""
+    return _reader()()
+
+
+def _reader() -> Callable[[], float]:
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        read: Callable[[], float] = trio.current_time
+        return read
+    return time.monotonic
+
+
 class Clock:
     """A source of time. A client or server has one of its own, and stays with the event loop that first reads it.
 
     Args:
-        now: Monotonic seconds; by default the time of the event loop in use.
+        now: Monotonic seconds; by default the time of the event loop in use when it is first read.
         epoch_ns: Wall time, in nanoseconds since the epoch. Only deadlines and spans on the wire use it.
-        settle: Find out once which loop that is. Without it every read does, for a clock that several loops share.
     """
 
-    __slots__ = ("_settle", "epoch_ns", "now")
+    __slots__ = ("epoch_ns", "now")
 
-    def __init__(
-        self,
-        now: Callable[[], float] | None = None,
-        epoch_ns: Callable[[], int] = time.time_ns,
-        *,
-        settle: bool = True,
-    ) -> None:
-        self.now: Callable[[], float] = now or self._detect
+    def __init__(self, now: Callable[[], float] | None = None, epoch_ns: Callable[[], int] = time.time_ns) -> None:
+        self.now: Callable[[], float] = now or self._settle
         self.epoch_ns = epoch_ns
-        self._settle = settle
 
-    def _detect(self) -> float:
-        trio = sys.modules.get("trio")
-        read: Callable[[], float] = time.monotonic
-        if trio is not None and trio.lowlevel.in_trio_run():
-            read = trio.current_time
-        if self._settle:
-            self.now = read
+    def _settle(self) -> float:
+        read = _reader()
+        try:
+            anyio.current_time()
+        except RuntimeError:  # no event loop runs yet, so this decides nothing
+            return read()
+        self.now = read
         return read()
 
     def __repr__(self) -> str:

@@ -64,9 +64,10 @@ class CallRecord:
         attempts: How each failed try ended.
         retries: How many tries followed the first.
         last_try: No other try can follow the one under way.
+        opened: The layer that signs errors keeps it; a call made from within this one needs an account of its own.
     """
 
-    __slots__ = ("attempts", "chained", "endpoint", "last_try", "retries", "started", "tried")
+    __slots__ = ("attempts", "chained", "endpoint", "last_try", "opened", "retries", "started", "tried")
 
     def __init__(self, started: float, chained: bool = False) -> None:
         self.started = started
@@ -76,6 +77,7 @@ class CallRecord:
         self.attempts: tuple[Attempt, ...] = ()
         self.retries = 0
         self.last_try = True
+        self.opened = False
 
     def failed(self, error: BaseException) -> None:
         """Note that the latest try failed."""

@@ -20,9 +20,11 @@ import anyio
 from .clock import Clock
 from .errors import DeadlineExceeded
 
-__all__ = ["Wheel", "kept", "wait_by"]
+__all__ = ["Wheel", "kept", "passed", "wait_by"]
 
 PER_SECOND: Final = 100
+LEAST_WAIT: Final = 0.001
+EARLIEST: Final = 0.002
 
 
 class Wheel:
@@ -71,7 +73,8 @@ class Wheel:
                     self._expired(key)
             self._next = self._ticks[0] if self._ticks else None
             self._earlier = anyio.Event()
-            wait = float("inf") if self._next is None else self._next / PER_SECOND - now
+            # Rounding can wake us a hair before the tick; without a least wait, virtual time would stand still there.
+            wait = float("inf") if self._next is None else max(self._next / PER_SECOND - now, LEAST_WAIT)
             with anyio.CancelScope(deadline=anyio.current_time() + wait):
                 await self._earlier.wait()
 
@@ -80,6 +83,14 @@ class Wheel:
 
     def __repr__(self) -> str:
         return f"<Wheel: {len(self)} deadlines in {len(self._buckets)} buckets>"
+
+
+def passed(deadline: float | None, clock: Clock) -> bool:
+    """Is it over? Asked after a cancellation, to tell a deadline from a change of mind.
+
+    An event loop's timers may fire early by its own resolution: uvloop counts whole milliseconds.
+    """
+    return deadline is not None and clock.now() >= deadline - EARLIEST
 
 
 def kept(why: str) -> DeadlineExceeded:

@@ -105,7 +105,7 @@ class MeshError(Exception):
     @property
     def message(self) -> str:
         """What happened, without where and when."""
-        return str(self.args[0]) if self.args else type(self).__name__
+        return (str(self.args[0]) if self.args else "") or type(self).__name__
 
     @property
     def requeueable(self) -> bool:

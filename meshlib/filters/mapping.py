@@ -14,6 +14,7 @@ import logging
 from typing import Any, ClassVar
 
 from ..core.context import VAR
+from ..core.deadlines import passed
 from ..core.env import Env
 from ..core.errors import (
     DeadlineExceeded,
@@ -62,8 +63,7 @@ class ErrorMapping(Filter[Any, Any, Any, Any]):
 
     def _opaque(self, request: Any, error: Exception) -> MeshError:
         context = VAR.get()
-        late = context.deadline is not None and self._env.clock.now() >= context.deadline
-        if late and isinstance(error, DeadlineExceeded):
+        if isinstance(error, DeadlineExceeded) and passed(context.deadline, self._env.clock):
             return DeadlineExceeded("the deadline passed while the request was handled", processed=True)
         trace = "" if context.trace is None else f" (trace {context.trace.trace:032x})"
         what = getattr(request, "dest", "") or "a request"

@@ -1,7 +1,8 @@
 """Errors that say which client, which name, which endpoints, how often and how long.
 
-The layer opens the account of the logical call (`CallRecord`), which the layers below fill in, and writes it onto
-whatever error comes up. Finagle: ExceptionSourceFilter and ExceptionRemoteInfoFactory.
+The layer opens the account of the logical call (`CallRecord`), unless the tracing above it has begun one. The layers
+below fill it in, and it is written onto whatever error comes up. Finagle: ExceptionSourceFilter and
+ExceptionRemoteInfoFactory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class Source(Filter[Any, Any, Any, Any]):
         """Make the call, and sign its error."""
         context = VAR.get()
         # The attempt number belongs to the request that is being served. Our own call starts at 0, and remembers.
-        record = CallRecord(self._now.now(), context.attempt > 0)
+        record = context.record
+        if record is None or record.opened:
+            record = CallRecord(self._now.now(), context.attempt > 0)
+        record.opened = True
         token = VAR.set(context.evolve(record=record, attempt=0))
         try:
             return await service(request)
@@ -43,9 +47,9 @@ class Source(Filter[Any, Any, Any, Any]):
                 error.label = env.label
                 error.name = env.name
                 error.elapsed = self._now.now() - record.started
-                error.attempts = record.attempts
                 if record.endpoint is not None:  # a try that time ran out on, or that something above gave up
-                    error.attempts += (Attempt(str(record.endpoint), "no reply by then"),)
+                    record.attempts += (Attempt(str(record.endpoint), "no reply by then"),)
+                error.attempts = record.attempts
                 if error.attempts and not error.endpoint:
                     error.endpoint = error.attempts[-1].endpoint
             raise

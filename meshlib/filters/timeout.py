@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import anyio
 
 from ..core.context import SCOPE, VAR, Context
+from ..core.deadlines import passed
 from ..core.env import Env
 from ..core.errors import AttemptTimeout, ConfigurationError, DeadlineExceeded
 from ..core.service import Filter, Service
@@ -76,7 +77,8 @@ class TotalTimeout(Filter[Any, Any, Any, Any]):
             with anyio.CancelScope(deadline=anyio.current_time() + (at - now)):
                 return await service(request)
         except DeadlineExceeded as error:
-            if error.kept_here:
+            # One with a label is another client's, called from here. Else a server may have been quicker to say it.
+            if not error.label and (error.kept_here or passed(at, self._clock)):
                 error.args = (self._whose(inherited, at - now),)
             raise
         finally:

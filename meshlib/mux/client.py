@@ -91,7 +91,7 @@ def client(
         layers: Each replaces the default at its place; plain filters are added.
         label: What the client is called in metrics, spans and errors.
         limits: What a server may ask of us.
-        options: ``clock``, ``seed``, ``classifier``: see `meshlib.client.Client`.
+        options: ``stack``, ``classifier``, ``clock``, ``seed``: see `meshlib.client.Client`.
 
     Raises:
         ConfigurationError: The target or a layer makes no sense.

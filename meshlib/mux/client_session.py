@@ -60,9 +60,10 @@ logger = logging.getLogger("meshlib.mux")
 class _Pending:
     """A request that waits for its reply."""
 
-    __slots__ = ("answered", "reply")
+    __slots__ = ("answered", "reply", "tag")
 
-    def __init__(self) -> None:
+    def __init__(self, tag: int) -> None:
+        self.tag = tag
         self.answered = anyio.Event()
         self.reply: Message | MeshError | None = None
 
@@ -155,10 +156,10 @@ class ClientSession:
         except BaseException:
             self._tags.release(tag)
             raise
-        pending = self._pending[tag] = _Pending()
+        pending = self._pending[tag] = _Pending(tag)
         connection.write(frame, tag)
         deadline = VAR.get().deadline
-        tick = None if deadline is None else self._deadlines.add(deadline, tag)
+        tick = None if deadline is None else self._deadlines.add(deadline, pending)
         try:
             await pending.answered.wait()
         except BaseException:
@@ -166,7 +167,7 @@ class ClientSession:
             raise
         finally:
             if tick is not None:
-                self._deadlines.discard(tick, tag)
+                self._deadlines.discard(tick, pending)
         reply = pending.reply
         if type(reply) is Rdispatch:
             self._dispatches = True
@@ -211,10 +212,9 @@ class ClientSession:
             return Rejected(f"the session is closed: {self._closed.message}", endpoint=self.endpoint)
         return Rejected("the server is draining", endpoint=self.endpoint)
 
-    def _expire(self, tag: int) -> None:
-        pending = self._pending.get(tag)
-        if pending is not None:
-            self._abandon(tag, pending, "the deadline passed")
+    def _expire(self, pending: _Pending) -> None:
+        if self._pending.get(pending.tag) is pending:
+            self._abandon(pending.tag, pending, "the deadline passed")
             pending.reply = kept("the deadline passed before the reply came")
             pending.answered.set()
 

@@ -125,14 +125,15 @@ class Connection:
     def withdraw(self, key: Any) -> bool:
         """Take a frame back. ``True`` if nothing of it had left; either way, nothing more of it will."""
         frame = self._queue.pop(key, None)
+        large = None if frame is not None else self._large.pop(key, None)
         if frame is not None:
             self._queued -= len(frame)
-            return True
-        large = self._large.pop(key, None)
-        if large is None:
+        elif large is not None:
+            self._queued -= large.left
+        else:
             return False
-        self._queued -= large.left
-        return not large.started
+        self._release()  # there may be nothing left for the write loop to send, and then it tells nobody
+        return large is None or not large.started
 
     @property
     def queued(self) -> int:
@@ -185,14 +186,18 @@ class Connection:
                 await self._stream.send(batch)
                 self._sending = False
                 self._sent.value += len(batch)
-                if self._room is not None and not self.congested:
-                    self._room.set()
-                    self._room = None
-                if self._flushed is not None and not (self._queue or self._large):
-                    self._flushed.set()
-                    self._flushed = None
+                self._release()
         finally:
             self.end()
+
+    def _release(self) -> None:
+        """Wake those who wait for room, or for everything to have left, if that has come about."""
+        if self._room is not None and not self.congested:
+            self._room.set()
+            self._room = None
+        if self._flushed is not None and not (self._queue or self._large or self._sending):
+            self._flushed.set()
+            self._flushed = None
 
     def _take(self) -> bytes:
         parts = list(self._queue.values())
@@ -227,6 +232,7 @@ class Connection:
 
     async def send_eof(self) -> None:
         """Tell the peer that nothing more will come, and leave the other direction open."""
+        self.end()  # what is written from now on cannot leave, and trying to would raise
         await self._stream.send_eof()
 
     async def aclose(self) -> None:

@@ -32,6 +32,8 @@ TRACESTATE: Final = b"tracestate"
 BAGGAGE: Final = b"baggage"
 
 LOW: Final = (1 << 64) - 1
+FURTHEST: Final = (1 << 63) - 1
+MOST_TRIES: Final = (1 << 31) - 1
 DEBUG, SAMPLING_KNOWN, SAMPLED = 1, 2, 4
 
 
@@ -59,8 +61,9 @@ def encode_context(context: Context, clock: Clock, extra: Contexts = ()) -> byte
     if context.deadline is not None:
         n = 1
         epoch = clock.epoch_ns()
-        left = int((context.deadline - clock.now()) * 1e9)
-        parts.append(_DEADLINE + _pack_deadline(epoch, epoch + (max(0, left))))
+        # A deadline may lie further off than 8 bytes of nanoseconds can say, or be infinite.
+        left = int(max(0.0, min((context.deadline - clock.now()) * 1e9, FURTHEST - epoch)))
+        parts.append(_DEADLINE + _pack_deadline(epoch, epoch + left))
     trace = context.trace
     if trace is not None:
         n += 2
@@ -73,7 +76,7 @@ def encode_context(context: Context, clock: Clock, extra: Contexts = ()) -> byte
     if trace is not None and trace.state:
         rest.append((TRACESTATE, trace.state.encode()))
     if context.attempt:
-        rest.append((RETRIES, struct.pack(">i", context.attempt)))
+        rest.append((RETRIES, struct.pack(">i", min(context.attempt, MOST_TRIES))))
     if context.client_id:
         rest.append((CLIENT_ID, context.client_id.encode()))
     if context.baggage:
@@ -154,7 +157,8 @@ def _merge(finagle: TraceId | None, w3c: TraceId | None, state: str) -> TraceId 
         return w3c if w3c is None or not state else TraceId(w3c.trace, w3c.span, None, w3c.sampled, False, state)
     if w3c is None or w3c.trace & LOW != finagle.trace & LOW:
         return finagle
-    sampled = w3c.sampled if finagle.sampled is None else finagle.sampled
+    # W3C has no word for "undecided": its 0 beside a Finagle context that says just that is no decision.
+    sampled = (w3c.sampled or None) if finagle.sampled is None else finagle.sampled
     return TraceId(w3c.trace, finagle.span, finagle.parent, sampled, finagle.debug, state)
 
 

@@ -25,6 +25,8 @@ from .messages import Contexts, MuxFailure, ReplyStatus
 
 __all__ = ["from_wire", "to_wire"]
 
+LONGEST: Final = 4096
+"""Bytes of a reason that are worth reading; a peer may send as many as fit into a frame."""
 FLAGS: Final = b"MuxFailure"
 KIND: Final = b"meshlib.error"
 
@@ -66,7 +68,7 @@ def _flags(flags: MuxFailure) -> bytes:
 
 def from_wire(status: ReplyStatus, contexts: Contexts, body: bytes) -> MeshError:
     """The error that a reply other than OK stands for."""
-    text = body.decode(errors="replace")
+    text = body[:LONGEST].decode(errors="replace")
     flags = MuxFailure(0)
     kind = None
     for key, value in contexts:
@@ -87,5 +89,7 @@ def from_wire(status: ReplyStatus, contexts: Contexts, body: bytes) -> MeshError
         error = _KINDS[kind.kind](text)
         if isinstance(error, InvalidArgument):
             error.path = kind.path
+        if final:
+            error.retryable = False  # said of this very failure, so that `to_wire` says it again one hop up
         return error
     return RemoteError(text or "the handler failed", retryable=False if final else None, contexts=contexts)

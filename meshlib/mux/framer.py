@@ -21,6 +21,8 @@ _head = struct.Struct(">ibBH").pack
 _FRAGMENTED: Final = tuple(code & 0xFF for code in (Code.TDISPATCH, Code.RDISPATCH, Code.TREQ, Code.RREQ))
 _DROPS_SUBJECT: Final = (Code.TDISCARDED & 0xFF, Code.BAD_TDISCARDED & 0xFF)
 _DROPS_TAG: Final = (Code.RDISCARDED & 0xFF, Code.RERR & 0xFF, Code.BAD_RERR & 0xFF)
+_SMALL: Final = 1024
+"""Reads below this are gathered in one buffer: as objects of their own they would cost many times their size."""
 
 
 class Framer:
@@ -34,7 +36,7 @@ class Framer:
 
     def __init__(self, max_frame: int = DEFAULT_LIMITS.max_frame) -> None:
         self._max = max_frame
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | bytearray] = []
         self._held = 0
         self._want = 4
 
@@ -53,7 +55,7 @@ class Framer:
             MuxError: A size is negative, smaller than a header, or over the limit.
         """
         if self._held:
-            self._chunks.append(data)
+            self._keep(data)
             self._held += len(data)
             if self._held < self._want:
                 return []
@@ -78,6 +80,15 @@ class Framer:
         if self._held:
             self._chunks.append(data[at:])
         return frames
+
+    def _keep(self, data: bytes) -> None:
+        last = self._chunks[-1]
+        if len(data) >= _SMALL:
+            self._chunks.append(data)
+        elif isinstance(last, bytearray):
+            last += data
+        else:
+            self._chunks.append(bytearray(data))
 
     def _refuse(self, size: int) -> None:
         if size > self._max:

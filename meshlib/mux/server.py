@@ -67,7 +67,7 @@ def serve(
         grace: Seconds that closing waits for requests under way.
         limits: What a client may ask of us.
         trust_context: ``False`` drops inbound Dtabs.
-        options: ``clock``, ``seed``: see `meshlib.server.Server`.
+        options: ``stack``, ``clock``, ``seed``: see `meshlib.server.Server`.
 
     Raises:
         ConfigurationError: The address or a layer makes no sense.

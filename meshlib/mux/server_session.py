@@ -23,6 +23,7 @@ import anyio
 
 from ..core.clock import Clock
 from ..core.context import SCOPE, VAR, Context, TraceId
+from ..core.deadlines import passed
 from ..core.env import Metrics
 from ..core.errors import DeadlineExceeded, MeshError, Rejected, ServiceClosed
 from ..core.service import Service
@@ -218,8 +219,7 @@ class ServerSession:
             logger.exception("a layer of the server failed on %s", request.dest or "a request")
             outcome = MeshError(f"internal error: {type(error).__name__}")
         except BaseException:
-            deadline = VAR.get().deadline
-            if deadline is not None and self._clock.now() >= deadline:
+            if passed(VAR.get().deadline, self._clock):
                 outcome = DeadlineExceeded("the deadline passed while the request was handled", processed=True)
             raise
         finally:

@@ -16,6 +16,8 @@ __all__ = ["Counter", "LogHistogram", "Registry"]
 
 _frexp = math.frexp
 
+ZERO: Final = -64 * 32
+"""The bucket of nothing but 0, which has no power of two; it lies below all others."""
 QUANTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("p999", 0.999))
 
 
@@ -51,12 +53,14 @@ class LogHistogram:
         """Take note of one value. Negative values and NaN count as 0, since a clock may step."""
         if not value > 0.0:
             value = 0.0
-        elif value > 1e18:
-            value = 1e18
-        mantissa, exponent = _frexp(value)
-        if exponent < -63:
-            exponent = -63
-        self._buckets[exponent * 32 + int(mantissa * 64.0)] += 1
+            self._buckets[ZERO] += 1
+        else:
+            if value > 1e18:
+                value = 1e18
+            mantissa, exponent = _frexp(value)
+            if exponent < -63:
+                exponent = -63
+            self._buckets[exponent * 32 + int(mantissa * 64.0)] += 1
         self.count += 1
         self.sum += value
         if value < self.min:
@@ -71,6 +75,8 @@ class LogHistogram:
         for index in sorted(self._buckets):
             seen += self._buckets[index]
             if seen >= rank:
+                if index == ZERO:
+                    return 0.0
                 # a mantissa lies in [0.5, 1), so 64 times it lies in [32, 64): undo the sum, take the bucket's middle
                 exponent, step = divmod(index - 32, 32)
                 middle = math.ldexp((step + 32.5) / 64.0, exponent)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from ..core.classify import ResponseClass, classify
 from ..core.context import VAR
+from ..core.deadlines import passed
 from ..core.env import Env
 from ..core.service import Filter, Service
 
@@ -62,8 +63,7 @@ class Stats(Filter[Any, Any, Any, Any]):
                 self._failed(type(error).__name__)
             raise
         except BaseException:
-            deadline = VAR.get().deadline
-            if deadline is not None and now() >= deadline:
+            if passed(VAR.get().deadline, self._now):
                 # Its time ran out, and whoever keeps the deadline cancelled it: a failure, not a change of mind.
                 self._requests.value += 1
                 self._latency.record((now() - started) * 1e3)
@@ -73,9 +73,12 @@ class Stats(Filter[Any, Any, Any, Any]):
             raise
         finally:
             self.pending -= 1
+        verdict = ResponseClass.SUCCESS if self._classify is None else self._classify(request, reply, None)
+        if verdict is ResponseClass.IGNORABLE:
+            return reply
         self._requests.value += 1
         self._latency.record((now() - started) * 1e3)
-        if self._classify is None or self._classify(request, reply, None) is ResponseClass.SUCCESS:
+        if verdict is ResponseClass.SUCCESS:
             self._success.value += 1
         else:
             self._failed("reply")

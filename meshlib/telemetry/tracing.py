@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from opentelemetry import trace as otel
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer, TraceState
 
-from ..core.context import VAR, Context, TraceId
+from ..core.context import VAR, CallRecord, Context, TraceId
+from ..core.deadlines import passed
 from ..core.env import Env
 from ..core.service import Filter, Service
 
@@ -73,9 +74,7 @@ class _Tracing(Filter[Any, Any, Any, Any]):
             if error is None:
                 span.set_attribute("rpc.status_code", "OK")
             else:
-                deadline = VAR.get().deadline
-                late = deadline is not None and self.env.clock.now() >= deadline
-                expired = late and not isinstance(error, Exception)
+                expired = not isinstance(error, Exception) and passed(VAR.get().deadline, self.env.clock)
                 span.set_attribute("error.type", "DeadlineExceeded" if expired else type(error).__name__)
                 span.set_status(Status(StatusCode.ERROR, str(error)))
         span.end()
@@ -114,7 +113,8 @@ class ClientTracing(_Tracing):
         attributes["server.address"] = self.env.name
         span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes)
         child = trace_id(span.get_span_context(), parent)
-        token = VAR.set(context.evolve(trace=child))
+        record = CallRecord(self.env.clock.now(), context.attempt > 0)
+        token = VAR.set(context.evolve(trace=child, record=record))
         error: BaseException | None = None
         try:
             return await service(request)
@@ -123,7 +123,7 @@ class ClientTracing(_Tracing):
             raise
         finally:
             VAR.reset(token)
-            for attempt in getattr(error, "attempts", ()):
+            for attempt in record.attempts:
                 span.add_event("attempt", {"endpoint": attempt.endpoint, "outcome": attempt.outcome or ""})
             self._end(span, error)
 
@@ -139,11 +139,9 @@ class ServerTracing(_Tracing):
         if tracer is None:
             return await service(request)
         context = VAR.get()
-        within = None
-        parent = SpanContext(0, 0, is_remote=True)
-        if context.trace is not None:
-            parent = span_context(context.trace)
-            within = otel.set_span_in_context(otel.NonRecordingSpan(parent))
+        # Without a caller's trace it is a root, whatever span was current when the server was started.
+        parent = SpanContext(0, 0, is_remote=True) if context.trace is None else span_context(context.trace)
+        within = otel.set_span_in_context(otel.NonRecordingSpan(parent))
         name, attributes = self._attributes(request)
         span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes)
         token = VAR.set(context.evolve(trace=trace_id(span.get_span_context(), parent)))

@@ -125,7 +125,7 @@ def client(contract: type[T], target: str, *layers: Any, label: str = "", **opti
         target: Where: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``.
         layers: Each replaces the default at its place; plain filters are added. See `meshlib.client.default_layers`.
         label: What the client is called in metrics, spans and errors; by default the contract's name.
-        options: ``limits``, ``clock``, ``seed``, ``classifier``: see `meshlib.mux.client`.
+        options: ``limits``, ``stack``, ``classifier``, ``clock``, ``seed``: see `meshlib.mux.client`.
 
     Raises:
         ConfigurationError: The contract, the target or a layer makes no sense; says why.
@@ -156,7 +156,7 @@ def serve(
         label: What the server is called in metrics, spans and logs; by default its services' names.
         grace: Seconds that closing waits for requests under way.
         limits: What a client may ask of us.
-        options: ``trust_context``, ``clock``, ``seed``: see `meshlib.mux.serve`.
+        options: ``trust_context``, ``stack``, ``clock``, ``seed``: see `meshlib.mux.serve`.
 
     Raises:
         ConfigurationError: A service, the address or a layer makes no sense; says why.

@@ -93,7 +93,7 @@ def rpc(function: Any = None, /, *, idempotent: bool = False, raises: Any = ()) 
             raise ConfigurationError(f"@rpc {where}: expected a method, whose first parameter is self")
         for p in parameters[1:]:
             if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                raise ConfigurationError(f"@rpc {where}: parameter {p} must have a name of its own on the wire")
+                raise ConfigurationError(f"@rpc {where}: parameter {p.name} must be one that can be given by name")
         setattr(function, MARK, _Mark(idempotent, declared))
         return function
 

@@ -1,0 +1,173 @@
+"""The whole stack, client and servers, over streams in memory and in virtual time: minutes in milliseconds."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import anyio
+from anyio.abc import ByteStream
+
+import meshlib
+from meshlib import mux
+from meshlib.client import Client
+from meshlib.mux.client import MuxConnector
+from meshlib.names.addr import Address
+from meshlib.server import Server
+from tests.memory import duplex, run_virtual
+
+
+class Network(MuxConnector):
+    """Connects to servers in this process by their address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.servers: dict[str, Server] = {}
+
+    async def open(self, address: Address) -> ByteStream:
+        await anyio.sleep(0.001)
+        server = self.servers.get(str(address))
+        if server is None:
+            raise ConnectionRefusedError(111, "Connection refused")
+        ours, theirs = duplex()
+        server.env.supervisor.start(server.serve_stream, theirs)
+        return ours
+
+
+async def five_minutes(seed: int) -> dict[str, float]:
+    """A client and three servers, one of which is replaced every twenty seconds, half of the time without a drain."""
+    rng = random.Random(seed)
+    network = Network()
+    addresses = [f"10.0.0.{i}:80" for i in range(3)]
+
+    async def work(request: mux.Request) -> mux.Response:
+        await anyio.sleep(rng.lognormvariate(-3, 0.5))
+        return mux.Response(request.body)
+
+    for address in addresses:
+        network.servers[address] = mux.serve(work, address, seed=seed)
+    client: Client[mux.Request, mux.Response] = Client(",".join(addresses), network, seed=seed)
+    failures: list[str] = []
+
+    async def call() -> None:
+        try:
+            await client(mux.Request(b"x", idempotent=True))
+        except meshlib.MeshError as error:
+            failures.append(str(error))
+
+    async def calls(group: Any) -> None:
+        for _ in range(300 * 20):
+            group.start_soon(call)
+            await anyio.sleep(rng.expovariate(20))
+
+    async with client, anyio.create_task_group() as group:
+        group.start_soon(calls, group)
+        for _ in range(14):
+            await anyio.sleep(20)
+            address = rng.choice(addresses)
+            server = network.servers.pop(address)
+            await server.aclose(grace=5 if rng.random() < 0.5 else 0)
+            await anyio.sleep(rng.uniform(0.1, 5))
+            network.servers[address] = mux.serve(work, address, seed=seed)
+    for server in network.servers.values():
+        await server.aclose()
+    assert failures == []
+    return client.metrics() | {"ended": anyio.current_time()}
+
+
+def test_five_minutes_of_restarts_lose_no_idempotent_call_and_repeat_from_a_seed() -> None:
+    first = run_virtual(five_minutes, 7)
+    assert first["requests"] == first["success"] == 6000
+    assert first["pool/connects"] >= 10
+    again = run_virtual(five_minutes, 7)
+    volatile = ("received_bytes", "sent_bytes")
+    assert {k: v for k, v in first.items() if not k.endswith(volatile)} == {
+        k: v for k, v in again.items() if not k.endswith(volatile)
+    }
+    other = run_virtual(five_minutes, 8)
+    assert other["request_latency_ms.sum"] != first["request_latency_ms.sum"]
+
+
+async def a_deadline_crosses_two_hops() -> None:
+    network = Network()
+    seen: list[float | None] = []
+
+    async def slow(request: mux.Request) -> mux.Response:
+        seen.append(meshlib.remaining())
+        try:
+            await anyio.sleep(60)
+        finally:
+            seen.append(anyio.current_time())
+        return mux.Response()
+
+    async def middle(request: mux.Request) -> mux.Response:
+        seen.append(meshlib.remaining())
+        await anyio.sleep(0.1)
+        return await inner(mux.Request(dest="/slow"))
+
+    network.servers["10.0.0.1:80"] = mux.serve(middle, "10.0.0.1:80")
+    network.servers["10.0.0.2:80"] = mux.serve(slow, "10.0.0.2:80")
+    inner: Client[mux.Request, mux.Response] = Client("10.0.0.2:80", network)
+    async with Client("10.0.0.1:80", network) as outer, inner:
+        started = anyio.current_time()
+        with meshlib.deadline(1.0):
+            try:
+                await outer(mux.Request(dest="/middle"))
+                raise AssertionError("nobody answered, and yet there is an answer")
+            except meshlib.DeadlineExceeded as error:
+                assert "the inherited deadline passed, 1.000 s after the call was made" in str(error)
+        assert 1.0 <= anyio.current_time() - started <= 1.02
+        await anyio.sleep(0.1)
+    first, second, cancelled = seen
+    assert first is not None
+    assert second is not None
+    assert cancelled is not None
+    assert 0.98 < first <= 1.0
+    assert 0.88 < second <= 0.9
+    assert cancelled - started <= 1.02, "the innermost handler was cancelled when the outermost caller gave up"
+    for server in network.servers.values():
+        await server.aclose()
+
+
+def test_a_deadline_is_shared_by_every_hop_and_cancels_the_innermost_handler() -> None:
+    run_virtual(a_deadline_crosses_two_hops)
+
+
+async def a_trace_and_a_dtab_cross_two_hops() -> None:
+    network = Network()
+    seen: list[meshlib.Context] = []
+
+    async def leaf(request: mux.Request) -> mux.Response:
+        seen.append(meshlib.current())
+        return mux.Response()
+
+    async def middle(request: mux.Request) -> mux.Response:
+        seen.append(meshlib.current())
+        return await inner(mux.Request())
+
+    network.servers["10.0.0.1:80"] = mux.serve(middle, "10.0.0.1:80")
+    network.servers["10.0.0.2:80"] = mux.serve(leaf, "10.0.0.2:80", trust_context=False)
+    inner: Client[mux.Request, mux.Response] = Client("10.0.0.2:80", network)
+    from meshlib.core.context import use
+
+    async with Client("10.0.0.1:80", network) as outer, inner:
+        mine = meshlib.current().evolve(
+            dtab=(("/s/users", "/s/canary"),), client_id="web", baggage="k=v", opaque=((b"custom", b"\0\xff"),)
+        )
+        with use(mine):
+            await outer(mux.Request())
+    one, two = seen
+    assert one.trace is not None
+    assert two.trace is not None
+    assert one.trace.parent is None
+    assert (two.trace.trace, two.trace.parent) == (one.trace.trace, one.trace.span)
+    assert one.dtab == mine.dtab
+    assert two.dtab == (), "a server that does not trust its callers drops their Dtab"
+    for context in seen:
+        assert (context.client_id, context.baggage, context.opaque) == ("web", "k=v", ((b"custom", b"\0\xff"),))
+    for server in network.servers.values():
+        await server.aclose()
+
+
+def test_trace_dtab_and_unknown_contexts_cross_every_hop() -> None:
+    run_virtual(a_trace_and_a_dtab_cross_two_hops)
