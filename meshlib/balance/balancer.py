@@ -134,10 +134,10 @@ class Balancer:
                 if self._someone_ready is None:
                     self._someone_ready = anyio.Event()
                 await self._someone_ready.wait()
-        if not self._ready and deadline is not None and deadline < patient:
-            raise kept(f"the deadline passed while no endpoint was ready: {self._none_ready().message}")
         if self._closed:
             raise ServiceClosed("the client is closed")
+        if not self._ready and deadline is not None and deadline < patient:
+            raise kept(f"the deadline passed while no endpoint was ready: {self._none_ready().message}")
         if not self._ready:
             raise self._none_ready()
 
@@ -171,15 +171,25 @@ class Balancer:
         for address in wanted:
             node_here = self._nodes.get(address)
             if node_here is None:
-                health = Health(self._refresh)
-                self._nodes[address] = self._make_node(address, health)
+                self._nodes[address] = self._back(address) or self._make_node(address, Health(self._refresh))
                 self._adds.value += 1
             else:
                 node_here.address = address  # its weight or metadata may have changed
         self._refresh()
 
+    def _back(self, address: Address) -> Node | None:
+        """The node there that has left but not finished its last requests, if there is one: it stays after all."""
+        for node in self._leaving:
+            if node.address == address:
+                self._leaving.discard(node)
+                node.removed = False
+                node.address = address
+                return node
+        return None
+
     def _refresh(self) -> None:
-        self._ready = [node for node in self._nodes.values() if node.health.status is Status.OPEN]
+        ready = [node for node in self._nodes.values() if node.health.status is Status.OPEN]
+        self._ready = ready or [node for node in self._nodes.values() if node.health.serves]
         if self._ready:
             self._unready_since = None
             if self._someone_ready is not None:

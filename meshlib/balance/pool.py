@@ -68,7 +68,7 @@ class SingletonPool(ServiceFactory[Any, Any]):
 
     Args:
         factory: Makes sessions. A session has ``on_leave``, to be called when it takes no more requests, and
-            ``retire()``, to end once it is idle.
+            ``retire()``, to end once it is idle; where the protocol has leases, it calls ``on_lease``.
         env: The endpoint's.
     """
 
@@ -134,8 +134,13 @@ class SingletonPool(ServiceFactory[Any, Any]):
         wait = FIRST_WAIT
         while True:
             try:
-                session = await self._factory.acquire()
-            except MeshError as error:
+                session: Any = await self._factory.acquire()
+            except Exception as cause:
+                if self._state is _State.CLOSED:
+                    return
+                error = cause if isinstance(cause, MeshError) else ConnectError(f"connect failed: {cause!r}")
+                if error is not cause:
+                    error.__cause__ = cause
                 self._failures.value += 1
                 self._error = error
                 pause = wait * self._env.rng.uniform(0.5, 1.0)
@@ -145,9 +150,14 @@ class SingletonPool(ServiceFactory[Any, Any]):
                 wait = min(wait * 2, LAST_WAIT)
                 self._state = _State.CONNECTING
             else:
+                if self._state is _State.CLOSED:  # in that very moment, too late for the cancellation
+                    session.retire()
+                    return
                 self._connects.value += 1
+                self._error = None
                 self._session = session
-                session.on_leave = functools.partial(self._left, session)  # type: ignore[attr-defined]
+                session.on_leave = functools.partial(self._left, session)
+                session.on_lease = functools.partial(self._leased, session)
                 self._settle(_State.READY)
                 self._env.health.mark("connect", Status.OPEN)
                 return
@@ -164,8 +174,14 @@ class SingletonPool(ServiceFactory[Any, Any]):
         self._session = None
         if self._env.supervisor.closed:
             return
+        self._env.health.mark("lease", Status.OPEN)
         self._env.health.mark("connect", Status.BUSY, "the session ended; reconnecting")
         self._connect()
+
+    def _leased(self, session: Any, valid: bool) -> None:
+        if self._session is session:
+            # A server whose lease ran out would rather not, but serves (Finagle dispatches to it as well).
+            self._env.health.mark("lease", Status.OPEN if valid else Status.BUSY, "it ran out", serves=True)
 
     def close(self) -> None:
         """End the session once it is idle, and connect no more."""

@@ -52,7 +52,9 @@ class Retry(Filter[Any, Any, Any, Any]):
             raise ConfigurationError(f"retry(wait={wait!r}): give seconds, or a function such as tenacity's waits")
         if stop is not None and not callable(stop):
             raise ConfigurationError(f"retry(stop={stop!r}): give a function such as tenacity's stops")
-        if on is not None and not callable(on) and not isinstance(on, tuple):
+        kinds = on if isinstance(on, tuple) else (on,) if isinstance(on, type) else ()
+        fit = all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)
+        if not fit or not (on is None or kinds or callable(on)):
             raise ConfigurationError(f"retry(on={on!r}): give exception types, or a function of the error")
         self.attempts, self.on, self.wait, self.stop = attempts, on, wait, stop
         env = env or Env()
@@ -86,21 +88,24 @@ class Retry(Filter[Any, Any, Any, Any]):
         for n in range(1, self.attempts + 1):
             state = _State(self, n, error, clock.now() - started)
             verdict = self._refuses(request, error, n, state)
-            wait, pause = self._next_wait(wait, state)
-            now = clock.now()
-            if not verdict and context.deadline is not None and now + pause >= context.deadline:
-                verdict = "the deadline would pass first"
-            if not verdict and not self._budget.try_withdraw(now):
-                self._exhausted.value += 1
-                verdict = "the retry budget is spent"
-                if isinstance(error, MeshError):
-                    error.finalize(verdict)
+            if not verdict:
+                now = clock.now()
+                wait, state.pause = self._next_wait(wait, state)
+                if self.stop is not None and self.stop(state.tenacity()):
+                    verdict = f"stop={self.stop!r}"
+                elif context.deadline is not None and now + state.pause >= context.deadline:
+                    verdict = "the deadline would pass first"
+                elif not self._budget.try_withdraw(now):
+                    self._exhausted.value += 1
+                    verdict = "the retry budget is spent"
+                    if isinstance(error, MeshError):
+                        error.finalize(verdict)
             if verdict:
                 if verdict != NOT_RETRYABLE:
                     _note(error, verdict)
                 raise error
-            if pause:
-                await anyio.sleep(pause)
+            if state.pause:
+                await anyio.sleep(state.pause)
             self._retries.value += 1
             if record is not None:
                 record.retries += 1
@@ -115,7 +120,7 @@ class Retry(Filter[Any, Any, Any, Any]):
         raise error
 
     def _refuses(self, request: Any, error: Exception, n: int, state: _State) -> str:
-        """Why the call must not be made again, apart from time and budget; empty when it may."""
+        """Why the call must not be made again, apart from ``stop``, time and budget; empty when it may."""
         record = VAR.get().record
         if isinstance(error, MeshError) and "retryable" in vars(error) and not error.retryable:
             return error.verdict or "the failure is final"
@@ -125,8 +130,6 @@ class Retry(Filter[Any, Any, Any, Any]):
             return "this call serves a retry already"
         if n >= self.attempts:
             return f"{self.attempts} attempts were made"
-        if self.stop is not None and self.stop(state.tenacity()):
-            return f"stop={self.stop!r}"
         return ""
 
     def _wants(self, request: Any, error: Exception, state: _State) -> bool:
@@ -159,10 +162,11 @@ NOT_RETRYABLE = "not retryable"
 class _State:
     """One failure, as tenacity's parts want to see it; built only if one of them is asked."""
 
-    __slots__ = ("_built", "elapsed", "error", "n", "retry")
+    __slots__ = ("_built", "elapsed", "error", "n", "pause", "retry")
 
     def __init__(self, retry: Retry, n: int, error: Exception, elapsed: float) -> None:
         self.retry, self.n, self.error, self.elapsed = retry, n, error, elapsed
+        self.pause = 0.0
         self._built: Any = None
 
     def tenacity(self) -> Any:
@@ -175,6 +179,7 @@ class _State:
             state.outcome = tenacity.Future.construct(self.n, self.error, True)
             state.outcome_timestamp = state.start_time + self.elapsed
             self._built = state
+        self._built.upcoming_sleep = self.pause
         return self._built
 
 
@@ -183,7 +188,7 @@ _NO_LOOP: Any = None
 
 
 def _is_tenacity(part: Any) -> bool:
-    return type(part).__module__.partition(".")[0] == "tenacity"
+    return any(kind.__module__.partition(".")[0] == "tenacity" for kind in type(part).__mro__)
 
 
 def _note(error: Exception, verdict: str) -> None:

@@ -113,6 +113,8 @@ class ClientSession:
         self._drained = metrics.counter("drained")
         self.on_leave: Callable[[], None] | None = None
         """Called once, when the session stops taking requests."""
+        self.on_lease: Callable[[bool], None] | None = None
+        """Called with ``False`` when the lease runs out, and with ``True`` when there is a new one."""
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -212,7 +214,10 @@ class ClientSession:
             return Rejected(f"the session is closed: {self._closed.message}", endpoint=self.endpoint)
         return Rejected("the server is draining", endpoint=self.endpoint)
 
-    def _expire(self, pending: _Pending) -> None:
+    def _expire(self, pending: _Pending | ClientSession) -> None:
+        if isinstance(pending, ClientSession):
+            self._tell_lease()
+            return
         if self._pending.get(pending.tag) is pending:
             self._abandon(pending.tag, pending, "the deadline passed")
             pending.reply = kept("the deadline passed before the reply came")
@@ -331,6 +336,8 @@ class ClientSession:
                 raise MuxError(f"a lease in unit {message.unit}; only 0, milliseconds, is known")
             self._metrics.counter("leased").value += 1
             self._leased_until = self._clock.now() + message.howmuch / 1e3
+            self._deadlines.add(self._leased_until, self)
+            self._tell_lease()
         elif isinstance(message, Rerr):
             raise MuxError(f"the server reports an error of the session: {message.why}")
         else:
@@ -339,6 +346,10 @@ class ClientSession:
             self._metrics.counter("unexpected_messages").value += 1
             if code is None or code > 0:
                 self.connection.send(Rerr(message.tag, f"Unexpected mux {what}"))
+
+    def _tell_lease(self) -> None:
+        if self.on_lease is not None:
+            self.on_lease(self.status is not Status.BUSY)
 
     def _check_drained(self) -> None:
         if self._draining and not self._pending and self._closed is None:

@@ -10,6 +10,7 @@ there before they send a request, and servers before they read one.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Final
 
 import anyio
@@ -85,6 +86,10 @@ class Connection:
             self._frames = (await self.read())[::-1]
         return decode(self._frames.pop(), self.limits.max_contexts)
 
+    def forgot(self, tag: int) -> bool:
+        """Was the request of this tag discarded while only a part of it had come? Says so once."""
+        return self._reassembler.forgot(tag)
+
     def take_unread(self) -> list[bytes]:
         """Messages that came with the last one of `next_message`, still encoded."""
         frames, self._frames = self._frames[::-1], []
@@ -134,6 +139,10 @@ class Connection:
             return False
         self._release()  # there may be nothing left for the write loop to send, and then it tells nobody
         return large is None or not large.started
+
+    def holds(self, key: Any) -> bool:
+        """Has this frame not left yet, or not all of it?"""
+        return key in self._queue or key in self._large
 
     @property
     def queued(self) -> int:
@@ -233,7 +242,8 @@ class Connection:
     async def send_eof(self) -> None:
         """Tell the peer that nothing more will come, and leave the other direction open."""
         self.end()  # what is written from now on cannot leave, and trying to would raise
-        await self._stream.send_eof()
+        with suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):  # the peer has gone already
+            await self._stream.send_eof()
 
     async def aclose(self) -> None:
         """Close the stream."""

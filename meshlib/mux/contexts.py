@@ -18,6 +18,7 @@ from typing import Final
 
 from ..core.clock import Clock
 from ..core.context import Context, TraceId
+from ..core.env import Counter, NoMetrics
 from .codec import encode_contexts
 from .messages import Contexts, Dtab
 
@@ -96,17 +97,15 @@ class ContextReader:
     Args:
         clock: What a remaining time is added to.
         trust: May the caller say where our own calls go? Without it an inbound Dtab is dropped.
-
-    Attributes:
-        undecodable: How many known contexts could not be decoded, and were ignored.
+        undecodable: Counts known contexts that could not be decoded, and were ignored.
     """
 
-    __slots__ = ("_clock", "_trust", "undecodable")
+    __slots__ = ("_clock", "_trust", "_undecodable")
 
-    def __init__(self, clock: Clock, *, trust: bool = True) -> None:
+    def __init__(self, clock: Clock, *, trust: bool = True, undecodable: Counter | None = None) -> None:
         self._clock = clock
         self._trust = trust
-        self.undecodable = 0
+        self._undecodable = undecodable or NoMetrics().counter("")
 
     def read(self, contexts: Contexts, dtab: Dtab = ()) -> Context:
         """The context in which the request is to be handled."""
@@ -140,7 +139,7 @@ class ContextReader:
                 else:
                     opaque.append(pair)
             except (struct.error, ValueError):
-                self.undecodable += 1
+                self._undecodable.value += 1
         return Context(
             deadline,
             _merge(finagle, w3c, state),

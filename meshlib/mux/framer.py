@@ -106,11 +106,12 @@ class Reassembler:
             `Limits.max_in_flight` bounds how many messages may be incomplete.
     """
 
-    __slots__ = ("_limits", "_partial", "held")
+    __slots__ = ("_forgotten", "_limits", "_partial", "held")
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._partial: dict[int, bytearray] = {}
+        self._forgotten: set[int] = set()
         self.held = 0
 
     def add(self, frame: bytes) -> bytes | None:
@@ -130,7 +131,9 @@ class Reassembler:
             if frame[0] in _DROPS_TAG:
                 self._drop(tag)
             elif frame[0] in _DROPS_SUBJECT:
-                self._drop(int.from_bytes(frame[4:7], "big"))
+                subject = int.from_bytes(frame[4:7], "big")
+                if self._drop(subject) and len(self._forgotten) < self._limits.max_in_flight:
+                    self._forgotten.add(subject)
             return frame
         parts = self._partial.get(tag)
         if parts is None:
@@ -153,10 +156,18 @@ class Reassembler:
         self._drop(tag)
         return bytes(parts)
 
-    def _drop(self, tag: int) -> None:
+    def forgot(self, tag: int) -> bool:
+        """Was the message of this tag discarded by its sender before it had come whole? Says so once."""
+        if tag in self._forgotten:
+            self._forgotten.remove(tag)
+            return True
+        return False
+
+    def _drop(self, tag: int) -> bool:
         parts = self._partial.pop(tag, None)
         if parts is not None:
             self.held -= len(parts) - HEADER
+        return parts is not None
 
 
 class Fragmenter:

@@ -93,7 +93,8 @@ class ServerSession:
         self._supervisor = supervisor
         self._metrics = metrics
         self._clock = clock
-        self._contexts = ContextReader(clock, trust=trust)
+        # One counter for all of a server's sessions: a gauge of each would show the latest session alone.
+        self._contexts = ContextReader(clock, trust=trust, undecodable=metrics.counter("undecodable_contexts"))
         self._base = base or contextvars.Context()
         self._in_flight: dict[int, Job] = {}
         self._running = 0
@@ -103,7 +104,6 @@ class ServerSession:
         self._scope = anyio.CancelScope()
         self._idle: anyio.Event | None = None
         self._ended = anyio.Event()
-        metrics.gauge("undecodable_contexts", lambda: self._contexts.undecodable)
 
     @property
     def in_flight(self) -> int:
@@ -137,8 +137,14 @@ class ServerSession:
     def _violated(self, error: MuxError) -> None:
         self.connection.violation(error)
         logger.warning("closing the session with %s: %s", self.peer, error.message)
-        for tag in self._in_flight or (CONTROL_TAG,):
+        if not self._established:
+            self.connection.end()  # what there was to say has been said, and no write loop runs to say more
+        # First for the session: a request that could not even be read has no other way to learn why it failed.
+        self.connection.send(Rerr(CONTROL_TAG, error.message))
+        for tag, job in self._in_flight.items():
+            job.cancel()
             self.connection.send(Rerr(tag, error.message))
+        self._in_flight.clear()  # so that no handler answers after its Rerr
 
     async def _negotiate(self) -> Message | None:
         handshake = ServerHandshake(self.connection.limits)
@@ -203,12 +209,12 @@ class ServerSession:
         job = self._in_flight[tag] = Job(dest or "request")
         variables.run(SCOPE.set, job.scope)
         try:
-            self._supervisor.launch(job, self._handle, (message, Request(message.body, dest)), variables)
+            self._supervisor.launch(job, self._handle, (job, message, Request(message.body, dest)), variables)
         except ServiceClosed:  # in this very turn
             del self._in_flight[tag]
             self._answer(message, Rejected("the server is closing"))
 
-    async def _handle(self, message: Tdispatch | Treq, request: Request) -> None:
+    async def _handle(self, job: Job, message: Tdispatch | Treq, request: Request) -> None:
         self._running += 1
         outcome: Response | MeshError = MeshError("the handler was cancelled on the server")
         try:
@@ -224,12 +230,21 @@ class ServerSession:
             raise
         finally:
             self._running -= 1
-            # Discarded requests and those of a lost connection are no longer in the table: nobody waits for them.
-            if self._in_flight.pop(message.tag, None) is not None:
+            # Discarded requests and those of a lost connection are no longer in the table: nobody waits for them. Their
+            # tag may be there again, for a request that came after the discard.
+            if self._in_flight.get(message.tag) is job:
+                del self._in_flight[message.tag]
                 self._answer(message, outcome)
                 self._check_idle()
 
     def _answer(self, message: Tdispatch | Treq, outcome: Response | MeshError) -> None:
+        try:
+            self._reply(message, outcome)
+        except Exception:  # not a Response, or one that Mux has no room for; its caller waits all the same
+            logger.exception("the reply to %s cannot be sent", getattr(message, "dest", "") or "a request")
+            self._reply(message, MeshError("internal error: the reply cannot be sent"))
+
+    def _reply(self, message: Tdispatch | Treq, outcome: Response | MeshError) -> None:
         if isinstance(outcome, MeshError):
             status, contexts, body = to_wire(outcome)
         else:
@@ -267,13 +282,18 @@ class ServerSession:
                 self.connection.send(Rerr(message.tag, f"Unexpected mux message type {number}"))
 
     def _discard(self, message: Tdiscarded) -> None:
-        job = self._in_flight.pop(message.which, None)
+        tag = message.which
+        unread = self.connection.forgot(tag)
+        job = self._in_flight.pop(tag, None)
         if job is not None:
             job.cancel()
-        elif not self.connection.withdraw(message.which):
+        elif self.connection.holds(tag):
+            self.connection.withdraw(tag)
+        elif not unread:
             self._metrics.counter("orphaned_tdiscard").value += 1
             return
-        self.connection.send(Rdiscarded(message.which), message.which)
+        # Of whatever came or left in part, no more will: the client may use the tag again once it knows.
+        self.connection.send(Rdiscarded(tag), tag)
         self._check_idle()
 
     def _check_idle(self) -> None:

@@ -21,7 +21,7 @@ def parse_hostport(text: str, what: str = "address") -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ConfigurationError(f"{what} {text!r}: write an IPv6 address in brackets, [::1]:9000")
-    if not (colon and port.isascii() and port.isdigit() and int(port) < 65536):
+    if not (colon and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536):
         raise ConfigurationError(f"{what} {text!r}: expected host:port, with a port from 0 to 65535")
     return host, int(port)
 
@@ -59,6 +59,8 @@ class Address:
         if not 0 < weight < float("inf"):
             raise ConfigurationError(f"address {text!r}: its weight is {weight!r}, and must be a number above 0")
         if text.startswith("unix://"):
+            if not text.startswith("unix:///"):
+                raise ConfigurationError(f"address {text!r}: expected unix:///absolute/path")
             return cls(path=text.removeprefix("unix://"), weight=weight, metadata=metadata)
         host, port = parse_hostport(text)
         return cls(host or "127.0.0.1", port, weight=weight, metadata=metadata)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from ..core.env import Env
+from .file import path_of
 from .resolver import Watch, resolver_for
 from .static import parse
 from .target import Target
@@ -29,6 +30,8 @@ class Bind:
         resolver = resolver_for(target)
         if target.scheme in ("static", "unix"):
             parse(target)
+        elif target.scheme == "file":
+            path_of(target)
         watch = env.shared(Watch, lambda: Watch(target, resolver, env))
         return below(watch)
 

@@ -35,9 +35,7 @@ class FileResolver:
 
     async def watch(self, target: Target) -> AsyncIterator[Addr]:
         """Yields the file's addresses whenever it has changed, and `Failed` when it cannot be read or understood."""
-        if not target.rest.startswith("/"):
-            raise ConfigurationError(f"target {target.text!r}: expected file:///absolute/path")
-        path = anyio.Path(target.rest)
+        path = anyio.Path(path_of(target))
         seen: object = None
         while True:
             try:
@@ -58,6 +56,17 @@ class FileResolver:
             await anyio.sleep(POLL)
 
 
+def path_of(target: Target) -> str:
+    """The path in a file target.
+
+    Raises:
+        ConfigurationError: It is not absolute.
+    """
+    if not target.rest.startswith("/"):
+        raise ConfigurationError(f"target {target.text!r}: expected file:///absolute/path")
+    return target.rest
+
+
 def parse_endpoints(text: str, source: str = "endpoints") -> list[Address]:
     """The addresses in ``text``, JSON or lines.
 
@@ -67,7 +76,7 @@ def parse_endpoints(text: str, source: str = "endpoints") -> list[Address]:
     if text.lstrip()[:1] in ("[", "{"):
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"{source}: not JSON: {error}") from error
         items = data.get("endpoints") if isinstance(data, dict) else data
         if not isinstance(items, list):

@@ -87,7 +87,6 @@ class Watch:
         self._resolver = resolver
         self._env = env
         self._job: Job | None = None
-        self._updated = env.clock.now
         self._since: float | None = None
         env.metrics.gauge("name/endpoints", lambda: len(self.endpoints))
         env.metrics.gauge("name/age_s", lambda: self.age or 0.0)

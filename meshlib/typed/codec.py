@@ -24,6 +24,8 @@ __all__ = ["ExceptionCodec", "MethodCodec"]
 
 _encode = msgspec.msgpack.Encoder().encode
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_UNFIT: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What bytes that do not fit raise: msgspec's own errors, those of the types it fills, and too deep a nesting."""
 _IMMUTABLE: Final = (type(None), bool, int, float, str, bytes)
 
 
@@ -76,7 +78,7 @@ class MethodCodec:
         try:
             body = _encode(given)
             self._arguments.decode(body)
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, *_UNFIT) as error:
             what, path = _located(error)
             raise self._invalid(what, path) from error
         if kwargs and not kwargs.keys() <= self.method.signature.parameters.keys():
@@ -100,7 +102,7 @@ class MethodCodec:
         """
         try:
             return msgspec.structs.asdict(self._arguments.decode(body))
-        except (ValueError, RecursionError) as error:
+        except _UNFIT as error:
             what, path = _located(error)
             raise self._invalid(what, path) from error
 
@@ -120,7 +122,7 @@ class MethodCodec:
         """
         try:
             return self._result.decode(body)
-        except (ValueError, RecursionError) as error:
+        except _UNFIT as error:
             what, path = _located(error)
             raise InvalidReply(f"{self.method}() answered with {path or 'a value'}: {what}", path=path) from error
 
@@ -181,7 +183,7 @@ class ExceptionCodec:
             for name, value in fields.items():
                 setattr(error, name, msgspec.convert(value, self._hints.get(name, Any)))
             return error
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (TypeError, AttributeError, *_UNFIT) as error:
             raise InvalidReply(
                 f"the server raised {self.kind.__name__}, in a form that does not fit it: {error}"
             ) from error

@@ -58,7 +58,7 @@ async def test_every_kind_of_value_arrives_as_it_was_sent() -> None:
 @pytest.mark.parametrize(
     ("arguments", "path", "words"),
     [
-        ((3,), "order", "expected `object`, got `int`"),
+        ((3,), "order", "got `int`"),
         ((msgspec.structs.replace(ORDER, id="x"),), "order.id", "invalid UUID"),
         ((msgspec.structs.replace(ORDER, items=[Item("tea", "much")]),), "order.items[0].price", "invalid decimal"),
         ((msgspec.structs.replace(ORDER, items=[ORDER.items[0], {"name": "x"}]),), "order.items[1]", "`price`"),
