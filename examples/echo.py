@@ -159,6 +159,7 @@ async def story(lines: Sequence[str]) -> int:
                     ):
                         print("  " + words.format(address))
                         await anyio.to_thread.run_sync(servers.end, address, how)
+                        await anyio.sleep(0.05)  # the client hears of it a moment later
                         counts[address] = count(client, address)  # its numbers leave the client with the endpoint
                         servers.unlist(address)
                         await anyio.sleep(SECONDS * 0.15)

@@ -19,7 +19,7 @@ from .balance.node import Node
 from .balance.pool import Pool
 from .core.classify import Classifier, classify
 from .core.clock import Clock
-from .core.env import Env
+from .core.env import Env, elsewhere
 from .core.errors import ConfigurationError, ConnectError, MeshError, ServiceClosed
 from .core.health import Health
 from .core.service import ServiceFactory, Session, Status
@@ -152,7 +152,8 @@ class Transport(ServiceFactory[Any, Any]):
         self._env = env or Env()
 
     def build(self, env: Env, below: Connector) -> Any:
-        """A factory of sessions with one endpoint."""
+        """A factory of sessions with one endpoint. Protocols look in the parameters for the connect timeout."""
+        env.params[Transport] = self
         return type(self)(self.connect_timeout, below, env)
 
     async def acquire(self) -> Session[Any, Any]:
@@ -269,7 +270,12 @@ class Client(Generic[Req, Rep]):
             self.start()
         if self._closed:
             raise ServiceClosed(f"client {self.env.label!r} is closed")
-        return await self._service(request)
+        try:
+            return await self._service(request)
+        except Exception as error:
+            if self.env.supervisor.elsewhere:
+                raise elsewhere(self.env) from error
+            raise
 
     def start(self) -> None:
         """Begin to resolve the target. Needs a running event loop; the first call does it as well."""
@@ -281,7 +287,8 @@ class Client(Generic[Req, Rep]):
     async def aclose(self) -> None:
         """Close every connection. Calls under way fail; closing twice is the same as closing once."""
         self._closed = True
-        self._balancer.close()
+        if not self.env.supervisor.elsewhere:
+            self._balancer.close()
         await self.env.supervisor.aclose()
 
     async def __aenter__(self) -> Self:

@@ -6,6 +6,7 @@ grace period is over, and the rest is cancelled.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import errno
 import logging
@@ -149,6 +150,8 @@ class Server:
         self._base = contextvars.Context()
         self._closing = False
         self._closed: anyio.Event | None = None
+        self._bound = anyio.Event()
+        self._socket: tuple[int, int] | None = None
         self._accepts = self.registry.counter("connects")
         self.registry.gauge("connections", lambda: len(self._connections))
 
@@ -178,20 +181,29 @@ class Server:
         if self._closing:
             raise ServiceClosed(f"server {self.env.label!r} has been closed")
         if self._closed is not None:
+            await self._bound.wait()
             return
-        self._closed = anyio.Event()
+        self._closed, self._bound = anyio.Event(), anyio.Event()
         self._base = contextvars.copy_context()
         try:
             self._listeners = await self._bind()
         except BaseException:
             self._closed = None
             raise
+        finally:
+            self._bound.set()
+        if self._closing:  # meanwhile, by another task, which found nothing to close yet
+            await self._stop_accepting()
+            raise ServiceClosed(f"server {self.env.label!r} has been closed")
         for listener in self._listeners:
             self._accepting.start(self._accept_from, listener, name="accept")
 
     async def _bind(self) -> list[SocketListener]:
         if self._unix:
-            return [await anyio.create_unix_listener(self._unix)]
+            listener = await anyio.create_unix_listener(self._unix)
+            made = await anyio.Path(self._unix).stat()
+            self._socket = (made.st_dev, made.st_ino)
+            return [listener]
         multi = await anyio.create_tcp_listener(local_host=self._host or None, local_port=self._port)
         bound: Any = multi.extra(SocketAttribute.local_address)
         host, port = bound[:2]
@@ -222,12 +234,16 @@ class Server:
         raw = stream.extra(SocketAttribute.raw_socket, None)
         if raw is not None and not self._unix:
             # A client whose machine is gone says nothing, and a server sends no pings: let the system find out.
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            with contextlib.suppress(OSError):  # it may have ended already
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         peer = f"{remote[0]}:{remote[1]}" if isinstance(remote, tuple) else str(remote) or "a Unix socket"
         await self.serve_stream(stream, peer)
 
     async def serve_stream(self, stream: ByteStream, peer: str = "an in-memory stream") -> None:
-        """Serve one connection that was accepted elsewhere, until it ends."""
+        """Serve one connection that was accepted elsewhere, until it ends. A server that has closed serves no more."""
+        if self._closing:
+            await stream.aclose()
+            return
         connection = self._acceptor.accept(stream, self._service, peer, self.env, self._base)
         self._connections.add(connection)
         try:
@@ -269,8 +285,14 @@ class Server:
             await self._accepting.aclose()
             for listener in self._listeners:
                 await listener.aclose()
-            if self._unix:
-                await anyio.Path(self._unix).unlink(missing_ok=True)
+            if self._socket is not None:
+                await self._remove_socket(anyio.Path(self._unix), self._socket)
+
+    async def _remove_socket(self, path: anyio.Path, ours: tuple[int, int]) -> None:
+        with contextlib.suppress(OSError):
+            found = await path.stat()
+            if (found.st_dev, found.st_ino) == ours:  # a successor may have put its own there
+                await path.unlink()
 
     async def wait_closed(self) -> None:
         """Wait until the server has been closed."""

@@ -16,7 +16,7 @@ import anyio
 
 from ..core.context import VAR, CallRecord
 from ..core.deadlines import kept
-from ..core.env import Env
+from ..core.env import Env, elsewhere
 from ..core.errors import NoEndpoints, ResolutionError, ServiceClosed
 from ..core.health import Health
 from ..core.service import Status
@@ -123,6 +123,8 @@ class Balancer:
         return self._pick(fresh, self._env.rng) if fresh else node
 
     async def _first_ready(self) -> None:
+        if self._env.supervisor.elsewhere:
+            raise elsewhere(self._env)  # nothing will ever become ready here
         now = self._env.clock.now()
         if self._unready_since is None:
             self._unready_since = now
@@ -137,7 +139,7 @@ class Balancer:
         if self._closed:
             raise ServiceClosed("the client is closed")
         if not self._ready and deadline is not None and deadline < patient:
-            raise kept(f"the deadline passed while no endpoint was ready: {self._none_ready().message}")
+            raise kept(self._none_ready().message)
         if not self._ready:
             raise self._none_ready()
 

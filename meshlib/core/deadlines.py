@@ -3,7 +3,8 @@
 A call waits in one place nearly all of its time: for its reply. Bounding that wait with a cancel scope costs 5 µs, most
 of it for a timer that is cancelled a moment later. In a `Wheel` it costs 0.5 µs: the deadline goes into the bucket of
 its tick, and one background task sleeps until the first bucket falls due. Ticks are 10 ms, as in Finagle's timer, and
-rounded up: never early, at most a tick late.
+coarser for deadlines further off, so that there are never more than a few thousand. A deadline is kept never early, and
+late by at most 10 ms and 1/128 of its distance.
 
 A layer or session that bounds its own waits by the context's deadline says ``keeps_deadline = True``; when all below
 the timeout do, it needs no scope. `wait_by` is for their rarer waits.
@@ -24,6 +25,8 @@ __all__ = ["Wheel", "kept", "passed", "wait_by"]
 
 PER_SECOND: Final = 100
 LEAST_WAIT: Final = 0.001
+FURTHEST: Final = 1e9
+"""Seconds; what lies further off is infinity."""
 EARLIEST: Final = 0.002
 
 
@@ -47,7 +50,12 @@ class Wheel:
 
     def add(self, deadline: float, key: Any) -> int:
         """Watch a deadline; give the tick by which `discard` finds it again."""
-        tick = int(deadline * PER_SECOND) + 1
+        now = self._clock.now()
+        due = int(min(deadline, now + FURTHEST) * PER_SECOND) + 1
+        # The further off, the coarser: 128 ticks for each doubling of the distance, not 100 for each second.
+        away = due - int(now * PER_SECOND)
+        coarse = max(0, away.bit_length() - 8) if away > 0 else 0
+        tick = ((due - 1 >> coarse) + 1) << coarse
         bucket = self._buckets.get(tick)
         if bucket is None:
             self._buckets[tick] = {key}
@@ -93,10 +101,14 @@ def passed(deadline: float | None, clock: Clock) -> bool:
     return deadline is not None and clock.now() >= deadline - EARLIEST
 
 
-def kept(why: str) -> DeadlineExceeded:
-    """The error of whoever keeps a deadline itself. The timeout above completes it with whose deadline it was."""
-    error = DeadlineExceeded(why)
-    error.kept_here = True
+def kept(waiting: str = "") -> DeadlineExceeded:
+    """The error of whoever keeps a deadline itself. The timeout above completes it with whose deadline it was.
+
+    Args:
+        waiting: What was waited for, if it was not the reply.
+    """
+    error = DeadlineExceeded(f"the deadline passed{': ' if waiting else ''}{waiting}")
+    error.kept_here = waiting
     return error
 
 
@@ -112,4 +124,4 @@ async def wait_by(event: anyio.Event, deadline: float | None, clock: Clock, what
     with anyio.CancelScope(deadline=anyio.current_time() + max(0.0, deadline - clock.now())):
         await event.wait()
         return
-    raise kept(f"the deadline passed while waiting for {what}")
+    raise kept(f"waiting for {what}")

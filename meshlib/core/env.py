@@ -13,10 +13,11 @@ from typing import Any, Protocol, TypeVar
 from .classify import Classifier, classify
 from .clock import Clock
 from .context import CLOCK
+from .errors import ConfigurationError
 from .health import Health
 from .supervisor import Supervisor
 
-__all__ = ["Counter", "Env", "Histogram", "Metrics", "NoMetrics"]
+__all__ = ["Counter", "Env", "Histogram", "Metrics", "NoMetrics", "elsewhere"]
 
 T = TypeVar("T")
 
@@ -89,6 +90,14 @@ class NoMetrics:
 
     def drop(self) -> None:
         """Do nothing."""
+
+
+def elsewhere(env: Env) -> ConfigurationError:
+    """The error of a client that is used on another event loop than before."""
+    return ConfigurationError(
+        f"{env.kind} {env.label!r} was used on another event loop before, and its connections ended with that; "
+        "make one for each event loop"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,14 @@ __all__ = [
 ]
 
 
+def shown(text: str, limit: int = 200) -> str:
+    """``text`` from a peer, fit for a log line or a message: cut, and without line breaks or control characters."""
+    cut = text[:limit]
+    if not cut.isprintable():
+        cut = cut.encode("unicode_escape").decode("ascii")
+    return f"{cut}…" if len(text) > limit else cut
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One try of a call: where it went, and how it ended (``None`` while it has not, or when it succeeded)."""
@@ -139,7 +147,7 @@ class Rejected(MeshError):
     """
 
     retryable = True
-    processed = False
+    processed: bool | None = False
     by_peer = False
 
 
@@ -147,7 +155,7 @@ class ConnectError(MeshError, ConnectionError):
     """No connection to the endpoint could be made, so nothing was sent."""
 
     retryable = True
-    processed = False
+    processed: bool | None = False
 
 
 class ConnectionLost(MeshError, ConnectionError):
@@ -159,8 +167,8 @@ class ConnectionLost(MeshError, ConnectionError):
 class DeadlineExceeded(MeshError, TimeoutError):
     """The call's time ran out: its own timeout, or the deadline that it inherited."""
 
-    kept_here = False
-    """Raised by a layer of this process that keeps the deadline of the call; see ``core/deadlines.py``."""
+    kept_here: str | None = None
+    """Set by a layer of this process that keeps the deadline of the call: what it was waiting for, if not the reply."""
 
 
 class AttemptTimeout(DeadlineExceeded):

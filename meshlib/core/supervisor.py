@@ -54,7 +54,7 @@ class Supervisor:
         name: Whose tasks these are, for logs.
     """
 
-    __slots__ = ("_closed", "_idle", "_jobs", "_trio", "name")
+    __slots__ = ("_closed", "_idle", "_jobs", "_loop", "_trio", "name")
 
     def __init__(self, name: str = "meshlib") -> None:
         self.name = name
@@ -62,6 +62,7 @@ class Supervisor:
         self._closed = False
         self._idle: anyio.Event | None = None
         self._trio: Any = None
+        self._loop: Any = None
 
     @property
     def jobs(self) -> int:
@@ -108,6 +109,7 @@ class Supervisor:
             raise ServiceClosed(f"{self.name} is closed")
         if self._trio is None:
             self._trio = _running_trio()
+            self._loop = _running_loop()
         loop = None if self._trio else asyncio.get_running_loop()
         self._jobs.add(job)
         if loop is None:
@@ -128,9 +130,18 @@ class Supervisor:
             if self._idle is not None:
                 self._idle.set()
 
+    @property
+    def elsewhere(self) -> bool:
+        """Did its tasks run on an event loop that is not the one that runs now?"""
+        return self._loop is not None and self._loop is not _running_loop()
+
     async def aclose(self) -> None:
         """Cancel every job and wait until it has ended. May be called in any task, one of its own jobs included."""
         self._closed = True
+        if self.elsewhere:
+            # Its event loop has ended, and all tasks with it; there is nobody left to wait for.
+            self._jobs.clear()
+            return
         for job in tuple(self._jobs):
             if not _is_current(job):
                 job.cancel()
@@ -152,6 +163,17 @@ def _is_current(job: Job) -> bool:
         return False
     trio = _running_trio()
     return bool(job.task is (trio.lowlevel.current_task() if trio else asyncio.current_task()))
+
+
+def _running_loop() -> Any:
+    """The event loop that runs now, as something to compare; ``None`` without one."""
+    trio = _running_trio()
+    if trio:
+        return trio.lowlevel.current_trio_token()
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _running_trio() -> Any:

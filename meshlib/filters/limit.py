@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from ..core.env import Env
 from ..core.errors import ConfigurationError, Rejected
-from ..core.service import Filter, Service
+from ..core.service import Call, Filter, Service
 
 __all__ = ["ConcurrencyLimit", "concurrency_limit"]
 
@@ -50,7 +50,12 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
         """
         if self.active >= self.limit:
             self._rejected.value += 1
-            raise Rejected(self._refusal)
+            refusal = Rejected(self._refusal)
+            if isinstance(request, Call):
+                # The call of a function was refused, which need not be the whole of the request that is being served: a
+                # server must not promise its client that nothing was done.
+                refusal.processed = None
+            raise refusal
         self.active += 1
         try:
             return await service(request)

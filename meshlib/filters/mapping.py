@@ -24,6 +24,7 @@ from ..core.errors import (
     RemoteError,
     UnknownMethod,
     UnknownService,
+    shown,
 )
 from ..core.service import Filter, Service
 
@@ -55,7 +56,7 @@ class ErrorMapping(Filter[Any, Any, Any, Any]):
         try:
             return await service(request)
         except MeshError as error:
-            if isinstance(error, MEANT) and not error.label:
+            if isinstance(error, MEANT) and not (error.label or error.endpoint):
                 raise
             raise self._opaque(request, error) from error
         except Exception as error:
@@ -66,7 +67,7 @@ class ErrorMapping(Filter[Any, Any, Any, Any]):
         if isinstance(error, DeadlineExceeded) and passed(context.deadline, self._env.clock):
             return DeadlineExceeded("the deadline passed while the request was handled", processed=True)
         trace = "" if context.trace is None else f" (trace {context.trace.trace:032x})"
-        what = getattr(request, "dest", "") or "a request"
+        what = shown(getattr(request, "dest", "")) or "a request"
         logger.error("%s: the handler of %s failed%s", self._env.label, what, trace, exc_info=error)
         opaque = RemoteError(f"internal error{trace}")
         if isinstance(error, MeshError) and "retryable" in vars(error) and not error.retryable:

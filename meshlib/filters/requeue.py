@@ -2,8 +2,9 @@
 
 A request that never left this process (no connection, a session that closed in that moment) goes elsewhere for
 nothing, up to `LIMIT` times; one that a server refused has cost that server something, so it is charged to the retry
-budget. The first requeue goes at once, to an endpoint that has not failed the call if there is one; later ones wait a
-little, jittered. When the budget is dry the failure is marked so that nobody further up tries again.
+budget, of which one call may spend a fifth. The first requeue goes at once, to an endpoint that has not failed the call
+if there is one; later ones wait a little, jittered. When the budget is dry the failure is marked so that nobody further
+up tries again.
 
 The budget's deposits are made here, one for each call that succeeds, so that an outage pays for no retries.
 Source: Finagle, service/RequeueFilter.scala and Retries.scala (25 acquisition retries, free of charge).
@@ -11,6 +12,7 @@ Source: Finagle, service/RequeueFilter.scala and Retries.scala (25 acquisition r
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Final
 
 import anyio
@@ -24,6 +26,8 @@ from .budget import RetryBudget
 __all__ = ["Requeue", "budget_of"]
 
 LIMIT: Final = 25
+ONE_CALL: Final = 0.2
+"""The share of the budget, as it is when the first requeue is due, that one call may spend: 20 at rest (Finagle)."""
 FIRST_WAIT, LAST_WAIT = 0.005, 0.2
 
 
@@ -71,22 +75,31 @@ class Requeue(Filter[Any, Any, Any, Any]):
     async def _again(self, request: Any, service: Service[Any, Any], error: MeshError) -> Any:
         context = VAR.get()
         record = context.record
+        refused = 0
+        most = max(1, math.ceil(ONE_CALL * self._budget.balance(self._clock.now())))
         for n in range(1, LIMIT + 1):
             wait = 0.0 if n == 1 else self._rng.uniform(0, min(LAST_WAIT, FIRST_WAIT * 2 ** (n - 1)))
             now = self._clock.now()
             if context.deadline is not None and now + wait >= context.deadline:
                 error.verdict = "the deadline would pass first"
                 raise error
-            if getattr(error, "by_peer", False) and not self._budget.try_withdraw(now):
-                self._exhausted.value += 1
-                error.finalize("the retry budget is spent")
-                raise error
+            if getattr(error, "by_peer", False):
+                if refused >= most:
+                    self._limited.value += 1
+                    error.verdict = f"servers refused it {refused + 1} times"
+                    raise error
+                if not self._budget.try_withdraw(now):
+                    self._exhausted.value += 1
+                    error.finalize("the retry budget is spent")
+                    raise error
             if wait:
                 await anyio.sleep(wait)
             self._requeues.value += 1
+            refused += getattr(error, "by_peer", False)
             if record is not None:
                 record.retries += 1
-            token = VAR.set(context.evolve(attempt=context.attempt + n))
+            # To the servers this is a retry only if one of them has seen it before.
+            token = VAR.set(context.evolve(attempt=context.attempt + refused))
             try:
                 return await service(request)
             except MeshError as again:

@@ -124,6 +124,8 @@ class Retry(Filter[Any, Any, Any, Any]):
         record = VAR.get().record
         if isinstance(error, MeshError) and "retryable" in vars(error) and not error.retryable:
             return error.verdict or "the failure is final"
+        if isinstance(error, MeshError) and error.verdict and not error.label:
+            return error.verdict  # whoever sends again what was never processed has given up on it
         if not self._wants(request, error, state):
             return NOT_RETRYABLE
         if record is not None and record.chained:

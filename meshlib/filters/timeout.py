@@ -78,8 +78,9 @@ class TotalTimeout(Filter[Any, Any, Any, Any]):
                 return await service(request)
         except DeadlineExceeded as error:
             # One with a label is another client's, called from here. Else a server may have been quicker to say it.
-            if not error.label and (error.kept_here or passed(at, self._clock)):
-                error.args = (self._whose(inherited, at - now),)
+            if not error.label and (error.kept_here is not None or passed(at, self._clock)):
+                waiting = f": {error.kept_here}" if error.kept_here else ""
+                error.args = (self._whose(inherited, at - now) + waiting,)
             raise
         finally:
             if token is not None:
@@ -154,7 +155,9 @@ class _Unset:
 _UNSET = _Unset()
 
 
-def timeout(total: float | _Unset | None = _UNSET, *, attempt: float | _Unset | None = _UNSET) -> Any:
+def timeout(
+    total: float | _Unset | None = _UNSET, *, attempt: float | _Unset | None = _UNSET
+) -> Filter[Any, Any, Any, Any]:
     """A limit on time, in seconds.
 
     Args:

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import anyio
 from anyio.abc import ByteStream
 
-from ..client import Client, Liveness
+from ..client import Client, Liveness, Transport
 from ..core.env import Env
 from ..core.errors import ConnectError
 from ..names.addr import Address
 from .client_session import ClientSession
-from .codec import DEFAULT_LIMITS, Limits
+from .codec import DEFAULT_LIMITS, Limits, MuxError
 from .connection import Connection
 from .handshake import ClientHandshake
 from .request import Request, Response
@@ -41,7 +41,12 @@ class MuxConnector:
 
     async def connect(self, address: Address, env: Env, liveness: Liveness | None) -> ClientSession:
         """A running session with ``address``."""
-        stream = await self.open(address)
+        timeout = transport.connect_timeout if (transport := env.params.get(Transport)) else 1.0
+        stream = None
+        with anyio.CancelScope(deadline=anyio.current_time() + timeout):
+            stream = await self.open(address)
+        if stream is None:
+            raise ConnectError(f"no connection within {timeout:g} s", endpoint=str(address))
         return await open_session(stream, str(address), env, self.limits, liveness)
 
 
@@ -68,6 +73,7 @@ async def open_session(
             endpoint=endpoint,
             clock=env.clock,
             metrics=metrics,
+            negotiated=handshake.result.version is not None,
             ping_interval=liveness.interval if liveness else None,
             ping_timeout=liveness.timeout if liveness else 4.0,
         )
@@ -75,6 +81,10 @@ async def open_session(
     except (anyio.EndOfStream, anyio.BrokenResourceError) as error:
         await connection.aclose()
         raise ConnectError("the server closed the connection during the handshake", endpoint=endpoint) from error
+    except MuxError as error:
+        connection.violation(error)
+        await connection.aclose()
+        raise ConnectError(error.message, endpoint=endpoint) from error
     except BaseException:
         await connection.aclose()
         raise

@@ -26,12 +26,10 @@ from ..core.clock import Clock
 from ..core.context import VAR
 from ..core.deadlines import Wheel, kept
 from ..core.env import Metrics
-from ..core.errors import ConnectionLost, DeadlineExceeded, MeshError, Rejected, RemoteError
+from ..core.errors import ConnectionLost, MeshError, Rejected, shown
 from ..core.service import Status
-from .codec import MuxError, decode, encode, encode_tdispatch
+from .codec import MuxError, decode
 from .connection import SLICE, Connection
-from .contexts import LOW, encode_context
-from .failure import from_wire
 from .messages import (
     CONTROL_TAG,
     MARKER_TAG,
@@ -39,22 +37,28 @@ from .messages import (
     Rdiscarded,
     Rdispatch,
     Rdrain,
-    ReplyStatus,
     Rerr,
+    Rinit,
     Rping,
     Rreq,
     Tdiscarded,
     Tdrain,
     Tlease,
     Tping,
-    Treq,
 )
-from .request import Request, Response
+from .outcome import lost, outcome
+from .ping import Pinger
+from .request import Request, Response, encode_request
 from .tags import TagPool
 
 __all__ = ["ClientSession"]
 
 logger = logging.getLogger("meshlib.mux")
+
+UNANSWERED: Final = 5.0
+"""Seconds that a draining session waits for the answers to discards, when nothing else is left to wait for."""
+LINGER: Final = 1.0
+"""Seconds that the last words of a session which has drained may take to leave."""
 
 
 class _Pending:
@@ -81,6 +85,7 @@ class ClientSession:
         endpoint: What to call the other side in errors.
         clock: For deadlines on the wire, and leases.
         metrics: Below ``mux/``.
+        negotiated: The server answered the handshake, so it knows Tdispatch; else its first answer will tell.
         ping_interval: Seconds from one ping to the next; ``None`` for none. Finagle's failure detector: 5.
         ping_timeout: Seconds to wait for its answer before the session is given up. Finagle: 4.
     """
@@ -92,6 +97,7 @@ class ClientSession:
         endpoint: str,
         clock: Clock,
         metrics: Metrics,
+        negotiated: bool = False,
         ping_interval: float | None = 5.0,
         ping_timeout: float = 4.0,
     ) -> None:
@@ -99,17 +105,18 @@ class ClientSession:
         self.endpoint = endpoint
         self._clock = clock
         self._metrics = metrics
-        self._ping_interval = ping_interval
-        self._ping_timeout = ping_timeout
+        self._pings = None if ping_interval is None else Pinger(connection, clock, metrics, ping_interval, ping_timeout)
         self._tags = TagPool()
         self._deadlines = Wheel(clock, self._expire)
         self._pending: dict[int, _Pending | None] = {}
         self._draining = False
         self._closed: MeshError | None = None
         self._leased_until: float | None = None
-        self._dispatches: bool | None = None
-        self._pong: anyio.Event | None = None
+        self._lease_tick = 0
+        self._discarded = 0
+        self._dispatches: bool | None = True if negotiated else None
         self._scope = anyio.CancelScope()
+        self._done = anyio.Event()
         self._drained = metrics.counter("drained")
         self.on_leave: Callable[[], None] | None = None
         """Called once, when the session stops taking requests."""
@@ -153,15 +160,16 @@ class ClientSession:
         tag = self._tags.acquire()
         if tag is None:
             raise Rejected("every tag of the session is in use", endpoint=self.endpoint)
+        untried = self._dispatches is None
         try:
-            frame = self._encode(tag, request)
+            frame = encode_request(tag, request, connection.limits, self._clock, treq=self._dispatches is False)
         except BaseException:
             self._tags.release(tag)
             raise
         pending = self._pending[tag] = _Pending(tag)
-        connection.write(frame, tag)
         deadline = VAR.get().deadline
         tick = None if deadline is None else self._deadlines.add(deadline, pending)
+        connection.write(frame, tag)
         try:
             await pending.answered.wait()
         except BaseException:
@@ -172,55 +180,31 @@ class ClientSession:
                 self._deadlines.discard(tick, pending)
         reply = pending.reply
         if type(reply) is Rdispatch:
-            self._dispatches = True
-            if reply.status is ReplyStatus.OK:
-                return Response(reply.body, reply.contexts)
-            raise self._located(from_wire(reply.status, reply.contexts, reply.body))
-        return await self._unusual(request, reply)
+            return outcome(reply, self.endpoint)
+        return await self._unusual(request, reply, untried)
 
-    def _encode(self, tag: int, request: Request) -> bytes:
-        context = VAR.get()
-        if self._dispatches is not False:
-            contexts = encode_context(context, self._clock, request.contexts)
-            return encode_tdispatch(tag, contexts, request.dest, context.dtab, request.body)
-        trace = context.trace
-        ids = None if trace is None else (trace.span, trace.parent or trace.span, trace.trace & LOW)
-        return encode(Treq(tag, ids, None if trace is None else int(trace.debug), request.body))
-
-    async def _unusual(self, request: Request, reply: Message | MeshError | None) -> Response:
-        if isinstance(reply, Rreq):
-            if reply.status is ReplyStatus.OK:
-                return Response(reply.body)
-            raise self._located(from_wire(reply.status, (), reply.body))
-        if isinstance(reply, DeadlineExceeded):
-            raise self._located(reply)
-        if isinstance(reply, MeshError):
-            raise type(reply)(reply.message, endpoint=self.endpoint) from reply.__cause__
-        if isinstance(reply, Rerr):
+    async def _unusual(self, request: Request, reply: Message | MeshError | None, untried: bool) -> Response:
+        if isinstance(reply, Rerr) and untried and not self._dispatches:
+            # Finagle: a server older than Tdispatch answers the first one with Rerr; this session falls back, and with
+            # it every request that left before that answer came.
             if self._dispatches is None:
-                # Finagle: a server older than Tdispatch answers the first one with Rerr; this session falls back.
-                self._dispatches = False
-                logger.info("%s knows no Tdispatch (%s); falling back to Treq", self.endpoint, reply.why)
-                return await self(request)
-            raise self._located(RemoteError(f"the server could not handle the request: {reply.why}"))
-        raise self._located(RemoteError(f"the server answered with {type(reply).__name__}"))
-
-    def _located(self, error: MeshError) -> MeshError:
-        error.endpoint = self.endpoint
-        return error
+                logger.info("%s knows no Tdispatch (%s); falling back to Treq", self.endpoint, shown(reply.why))
+            self._dispatches = False
+            return await self(request)
+        return outcome(reply, self.endpoint)
 
     def _refusal(self) -> MeshError:
         if self._closed is not None:
             return Rejected(f"the session is closed: {self._closed.message}", endpoint=self.endpoint)
         return Rejected("the server is draining", endpoint=self.endpoint)
 
-    def _expire(self, pending: _Pending | ClientSession) -> None:
-        if isinstance(pending, ClientSession):
-            self._tell_lease()
+    def _expire(self, pending: _Pending | Callable[[], None]) -> None:
+        if not isinstance(pending, _Pending):
+            pending()
             return
         if self._pending.get(pending.tag) is pending:
             self._abandon(pending.tag, pending, "the deadline passed")
-            pending.reply = kept("the deadline passed before the reply came")
+            pending.reply = kept()
             pending.answered.set()
 
     def _abandon(self, tag: int, pending: _Pending, why: str) -> None:
@@ -232,7 +216,9 @@ class ClientSession:
             self._check_drained()
         else:
             self._pending[tag] = None
+            self._discarded += 1
             self.connection.send(Tdiscarded(MARKER_TAG, tag, why))
+            self._check_drained()  # it may have been the last that anybody waited for
 
     # --- the session --------------------------------------------------------------------------------------------------
 
@@ -244,14 +230,20 @@ class ClientSession:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._write)
                     group.start_soon(self._deadlines.run)
-                    if self._ping_interval is not None:
-                        group.start_soon(self._ping, self._ping_interval)
+                    group.start_soon(self._part)
+                    if self._pings is not None:
+                        group.start_soon(self._ping, self._pings)
                     try:
                         await self._read()
                     except Exception as e:
-                        self._fail(_lost(e))
+                        self._fail(lost(e))
                     group.cancel_scope.cancel()
+        except BaseException:
+            # The client, or the event loop, is being closed: nobody is to connect again.
+            self.on_leave = None
+            raise
         finally:
+            self.connection.end()
             self._finish(self._closed or error)
             await self.connection.aclose()
 
@@ -268,9 +260,11 @@ class ClientSession:
         if self._closed is None:
             self._closed = error
         pending, self._pending = self._pending, {}
-        for waiting in pending.values():
+        unsent = Rejected("the connection ended before the request was sent")
+        unsent.__cause__ = self._closed
+        for tag, waiting in pending.items():
             if waiting is not None:
-                waiting.reply = self._closed
+                waiting.reply = unsent if tag in self.connection.unsent else self._closed
                 waiting.answered.set()
         self._leave()
 
@@ -295,7 +289,19 @@ class ClientSession:
         try:
             await self.connection.write_loop()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as e:
-            self._fail(_lost(e))
+            # Nothing can be sent any more, but replies that came before that may still be read: let the reader find the
+            # end of them by itself.
+            if self._closed is None:
+                self._closed = lost(e)
+            self._leave()
+            await anyio.sleep(LINGER)
+            self._scope.cancel()
+
+    async def _ping(self, pings: Pinger) -> None:
+        try:
+            await pings.run()
+        except ConnectionLost as error:
+            self._fail(error)
 
     async def _read(self) -> None:
         connection, pending, tags = self.connection, self._pending, self._tags
@@ -306,27 +312,31 @@ class ClientSession:
                 if n and not n % SLICE:
                     await connection.give_way()
                 message = decode(frame, limit)
-                if type(message) is Rdispatch or (isinstance(message, _ANSWERS) and message.tag != CONTROL_TAG):
-                    waiting = pending.pop(message.tag, _NOBODY)
-                    if waiting is _NOBODY:
-                        self._metrics.counter("unexpected_replies").value += 1
-                        continue
-                    tags.release(message.tag)
-                    if waiting is not None:
-                        waiting.reply = message
-                        waiting.answered.set()
-                    if self._draining:
-                        self._check_drained()
-                else:
+                if type(message) is Rdispatch:
+                    self._dispatches = True
+                elif not isinstance(message, _ANSWERS) or message.tag == CONTROL_TAG:
                     self._control(message)
+                    continue
+                waiting = pending.pop(message.tag, _NOBODY)
+                if waiting is _NOBODY:
+                    self._metrics.counter("unexpected_replies").value += 1
+                    continue
+                tags.release(message.tag)
+                if waiting is None:
+                    self._discarded -= 1
+                else:
+                    waiting.reply = message
+                    waiting.answered.set()
+                if self._draining:
+                    self._check_drained()
             frames = await connection.read()
 
     def _control(self, message: Message) -> None:
         if isinstance(message, Tping):
             self.connection.send(Rping(message.tag))
         elif isinstance(message, Rping):
-            if self._pong is not None:
-                self._pong.set()
+            if self._pings is not None:
+                self._pings.answered()
         elif isinstance(message, Tdrain):
             self.connection.send(Rdrain(message.tag))
             self._metrics.counter("draining").value += 1
@@ -335,16 +345,21 @@ class ClientSession:
             if message.unit != 0:
                 raise MuxError(f"a lease in unit {message.unit}; only 0, milliseconds, is known")
             self._metrics.counter("leased").value += 1
+            if self._leased_until is not None:
+                self._deadlines.discard(self._lease_tick, self._tell_lease)
             self._leased_until = self._clock.now() + message.howmuch / 1e3
-            self._deadlines.add(self._leased_until, self)
+            self._lease_tick = self._deadlines.add(self._leased_until, self._tell_lease)
             self._tell_lease()
         elif isinstance(message, Rerr):
-            raise MuxError(f"the server reports an error of the session: {message.why}")
+            # What our own servers say before they hang up on a client at fault.
+            error = ConnectionLost(f"the server ended the session: {shown(message.why)}")
+            logger.warning("%s: %s", self.endpoint, error.message)
+            raise error
         else:
             code = getattr(message, "code", None)
             what = type(message).__name__ if code is None else f"message type {code}"
             self._metrics.counter("unexpected_messages").value += 1
-            if code is None or code > 0:
+            if (code is None and not isinstance(message, Rdrain | Rinit)) or (code is not None and code > 0):
                 self.connection.send(Rerr(message.tag, f"Unexpected mux {what}"))
 
     def _tell_lease(self) -> None:
@@ -352,38 +367,26 @@ class ClientSession:
             self.on_lease(self.status is not Status.BUSY)
 
     def _check_drained(self) -> None:
-        if self._draining and not self._pending and self._closed is None:
+        if not self._draining or self._closed is not None:
+            return
+        if not self._pending:
+            self._end_drained()
+        elif len(self._pending) == self._discarded:
+            # Nobody waits for any of these, and a server that threw away a half-sent request may never answer it.
+            self._deadlines.add(self._clock.now() + UNANSWERED, self._end_drained)
+
+    def _end_drained(self) -> None:
+        if self._closed is None:
             self._drained.value += 1
             self._closed = Rejected("the session has drained")
-            self._scope.cancel()
+            self._done.set()
 
-    async def _ping(self, interval: float) -> None:
-        rtt = self._metrics.histogram("ping_latency_us")
-        while True:
-            started = self._clock.now()
-            self._pong = anyio.Event()
-            self.connection.send(Tping(CONTROL_TAG))
-            with anyio.move_on_after(self._ping_timeout):
-                await self._pong.wait()
-            took = self._clock.now() - started
-            if not self._pong.is_set():
-                self._metrics.counter("ping_failures").value += 1
-                self._fail(ConnectionLost(f"no answer to a ping within {self._ping_timeout:g} s"))
-                return
-            rtt.record(took * 1e6)
-            await anyio.sleep(max(0.0, interval - took))
+    async def _part(self) -> None:
+        await self._done.wait()
+        with anyio.move_on_after(LINGER):
+            await self.connection.flush()  # an Rdrain or a Tdiscarded may have been written in this very turn
+        self._scope.cancel()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "draining" if self._draining else "open"
         return f"<mux session with {self.endpoint}: {state}, {self.pending} pending>"
-
-
-def _lost(cause: Exception) -> MeshError:
-    if isinstance(cause, MuxError):
-        error: MeshError = ConnectionLost(f"the server broke the protocol: {cause.message}")
-    elif isinstance(cause, anyio.EndOfStream):
-        error = ConnectionLost("the server closed the connection")
-    else:
-        error = ConnectionLost(f"the connection broke: {cause.__cause__ or cause!r}")
-    error.__cause__ = cause
-    return error

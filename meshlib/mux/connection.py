@@ -58,6 +58,9 @@ class Connection:
         self._flushed: anyio.Event | None = None
         self._sending = False
         self._ended = False
+        self._bytes = 0
+        self.unsent: set[Any] = set()
+        """What was queued and had not begun to leave when the connection ended, by key."""
         self.metrics = metrics or NoMetrics()
         self._received = self.metrics.counter("received_bytes")
         self._sent = self.metrics.counter("sent_bytes")
@@ -75,6 +78,7 @@ class Connection:
         add = self._reassembler.add
         while True:
             data = await self._stream.receive(READ_SIZE)
+            self._bytes += len(data)
             self._received.value += len(data)
             whole = [message for frame in self._framer.feed(data) if (message := add(frame)) is not None]
             if whole:
@@ -143,6 +147,11 @@ class Connection:
     def holds(self, key: Any) -> bool:
         """Has this frame not left yet, or not all of it?"""
         return key in self._queue or key in self._large
+
+    @property
+    def received(self) -> int:
+        """Bytes that came, since the connection began."""
+        return self._bytes
 
     @property
     def queued(self) -> int:
@@ -222,6 +231,7 @@ class Connection:
     def end(self) -> None:
         """Nothing is written any more; release those who wait."""
         self._ended = True
+        self.unsent |= self._queue.keys() | {key for key, message in self._large.items() if not message.started}
         self._queue.clear()
         self._large.clear()
         self._queued = 0

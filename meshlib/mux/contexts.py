@@ -19,7 +19,7 @@ from typing import Final
 from ..core.clock import Clock
 from ..core.context import Context, TraceId
 from ..core.env import Counter, NoMetrics
-from .codec import encode_contexts
+from .codec import DEFAULT_LIMITS, encode_contexts
 from .messages import Contexts, Dtab
 
 __all__ = ["ContextReader", "encode_context"]
@@ -55,8 +55,14 @@ _FOLDED: Final = {key.lower(): key for key in _KNOWN}
 _PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 
-def encode_context(context: Context, clock: Clock, extra: Contexts = ()) -> bytes:
-    """The context section for a request made under ``context``; ``extra`` pairs go at its end."""
+def encode_context(
+    context: Context, clock: Clock, extra: Contexts = (), limit: int = DEFAULT_LIMITS.max_contexts
+) -> bytes:
+    """The context section for a request made under ``context``; ``extra`` pairs go at its end.
+
+    What came with the request that is being served, and only travels through, must not make ours too large for the
+    peer: those pairs go in as long as they fit into ``limit`` bytes, and the rest stay here.
+    """
     parts = [b""]
     n = 0
     if context.deadline is not None:
@@ -73,20 +79,29 @@ def encode_context(context: Context, clock: Clock, extra: Contexts = ()) -> byte
         parent = span if trace.parent is None else trace.parent
         parts.append(_TRACE + _pack_trace(span, parent, low, flags, trace.trace >> 64))
         parts.append(_TRACEPARENT + b"00-%032x-%016x-%02x" % (trace.trace, span, bool(trace.sampled or trace.debug)))
-    rest: list[tuple[bytes, bytes]] = []
-    if trace is not None and trace.state:
-        rest.append((TRACESTATE, trace.state.encode()))
+    ours: list[tuple[bytes, bytes]] = []
     if context.attempt:
-        rest.append((RETRIES, struct.pack(">i", min(context.attempt, MOST_TRIES))))
+        ours.append((RETRIES, struct.pack(">i", min(context.attempt, MOST_TRIES))))
     if context.client_id:
-        rest.append((CLIENT_ID, context.client_id.encode()))
+        ours.append((CLIENT_ID, context.client_id.encode()))
+    through: list[tuple[bytes, bytes]] = []
+    if trace is not None and trace.state:
+        through.append((TRACESTATE, trace.state.encode()))
     if context.baggage:
-        rest.append((BAGGAGE, context.baggage.encode()))
-    rest += context.opaque
-    rest += extra
-    if rest:
-        n += len(rest)
-        parts.append(encode_contexts(rest)[2:])
+        through.append((BAGGAGE, context.baggage.encode()))
+    through += context.opaque
+    if through:
+        left = limit - sum(map(len, parts)) - sum(4 + len(k) + len(v) for k, v in (*ours, *extra))
+        for pair in through:
+            left -= 4 + len(pair[0]) + len(pair[1])
+            if left >= 0:
+                ours.append(pair)
+            else:
+                left += 4 + len(pair[0]) + len(pair[1])
+    ours += extra
+    if ours:
+        n += len(ours)
+        parts.append(encode_contexts(ours)[2:])
     parts[0] = _pack_count(n)
     return b"".join(parts)
 

@@ -77,7 +77,7 @@ def from_wire(status: ReplyStatus, contexts: Contexts, body: bytes) -> MeshError
         elif key == KIND:
             try:
                 kind = _decode(value)
-            except (msgspec.DecodeError, RecursionError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 kind = None
     final = bool(flags & MuxFailure.NON_RETRYABLE)
     unprocessed = status is ReplyStatus.NACK or bool(flags & MuxFailure.RETRYABLE)

@@ -32,6 +32,7 @@ from typing import Final
 
 import msgspec
 
+from ..core.errors import shown
 from .codec import HEADER, Limits, MuxError
 from .messages import CONTROL_TAG, Contexts, Message, Rerr, Rinit, Tinit
 
@@ -40,6 +41,9 @@ __all__ = ["PROBE", "VERSION", "ClientHandshake", "Negotiated", "ServerHandshake
 VERSION: Final = 1
 PROBE: Final = Rerr(CONTROL_TAG, "tinit check")
 UNLIMITED: Final = 0x7FFFFFFF
+FRAGMENT: Final = 256 * 1024
+"""Bytes of payload that we ask peers to send at once. Finagle asks for no limit, and then one large reply holds up all
+the small ones behind it, and the answers to pings."""
 FRAMER: Final = b"mux-framer"
 TLS: Final = b"tls"
 
@@ -70,7 +74,7 @@ class _State(Enum):
 
 def our_headers(limits: Limits) -> Contexts:
     """What this side offers."""
-    return ((FRAMER, struct.pack(">i", limits.max_frame - HEADER)), (TLS, b"off"))
+    return ((FRAMER, struct.pack(">i", max(1, min(limits.max_frame - HEADER, FRAGMENT)))), (TLS, b"off"))
 
 
 def agree(headers: Contexts) -> Negotiated:
@@ -122,7 +126,7 @@ class ClientHandshake:
             self.result = agree(message.headers)
             return None
         why = message.why if isinstance(message, Rerr) else f"it answered with {type(message).__name__}"
-        raise MuxError(f"the server refused the session: {why}", "negotiation")
+        raise MuxError(f"the server refused the session: {shown(why)}", "negotiation")
 
 
 class ServerHandshake:

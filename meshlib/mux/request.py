@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
-from .messages import Contexts
+from ..core.clock import Clock
+from ..core.context import VAR
+from ..core.errors import InvalidArgument
+from .codec import Limits, encode, encode_tdispatch
+from .contexts import LOW, encode_context
+from .messages import Contexts, Treq
 
-__all__ = ["Request", "Response"]
+__all__ = ["Request", "Response", "encode_request"]
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -35,3 +40,24 @@ class Response(msgspec.Struct, frozen=True):
 
     body: bytes = b""
     contexts: Contexts = ()
+
+
+def encode_request(tag: int, request: Request, limits: Limits, clock: Clock, *, treq: bool = False) -> bytes:
+    """The frame of ``request`` under the current context; as a Treq, for servers that know nothing newer.
+
+    Raises:
+        InvalidArgument: It is larger than ``limits`` allow. The server's are likely ours, and breaking them would end
+            the session, and with it every other call.
+    """
+    context = VAR.get()
+    if treq:
+        trace = context.trace
+        ids = None if trace is None else (trace.span, trace.parent or trace.span, trace.trace & LOW)
+        return encode(Treq(tag, ids, None if trace is None else int(trace.debug), request.body))
+    contexts = encode_context(context, clock, request.contexts, limits.max_contexts)
+    if len(contexts) - 2 > limits.max_contexts:
+        raise InvalidArgument(f"the contexts take {len(contexts)} bytes, over Limits.max_contexts")
+    frame = encode_tdispatch(tag, contexts, request.dest, context.dtab, request.body)
+    if len(frame) - 4 > limits.max_frame:
+        raise InvalidArgument(f"the request takes {len(frame)} bytes, over Limits.max_frame")
+    return frame

@@ -25,7 +25,7 @@ from ..core.clock import Clock
 from ..core.context import SCOPE, VAR, Context, TraceId
 from ..core.deadlines import passed
 from ..core.env import Metrics
-from ..core.errors import DeadlineExceeded, MeshError, Rejected, ServiceClosed
+from ..core.errors import DeadlineExceeded, InvalidArgument, MeshError, Rejected, ServiceClosed, shown
 from ..core.service import Service
 from ..core.supervisor import Job, Supervisor
 from .codec import MuxError, decode, encode_contexts, encode_rdispatch
@@ -56,6 +56,9 @@ __all__ = ["ServerSession"]
 
 logger = logging.getLogger("meshlib.mux")
 
+FIRST_WORD = 10.0
+"""Seconds that a client may take to say its first word. Clients speak at once; only a connection that holds a place
+without using it would not."""
 LINGER = 1.0
 """Seconds to wait for the client to close its side after ours: closing with unread bytes would reset the connection,
 and the reset could overtake the last replies."""
@@ -148,14 +151,17 @@ class ServerSession:
 
     async def _negotiate(self) -> Message | None:
         handshake = ServerHandshake(self.connection.limits)
-        while handshake.result is None:
-            try:
-                answer = handshake.receive(await self.connection.next_message())
-            except MuxError as e:
-                await self.connection.send_now(Rerr(CONTROL_TAG, e.message))
-                raise
-            if answer is not None:
-                await self.connection.send_now(answer)
+        with anyio.CancelScope(deadline=anyio.current_time() + FIRST_WORD):
+            while handshake.result is None:
+                try:
+                    answer = handshake.receive(await self.connection.next_message())
+                except MuxError as e:
+                    await self.connection.send_now(Rerr(CONTROL_TAG, e.message))
+                    raise
+                if answer is not None:
+                    await self.connection.send_now(answer)
+        if handshake.result is None:
+            raise MuxError(f"no first message within {FIRST_WORD:g} s", "negotiation")
         self._established = True
         self.connection.fragment_at(handshake.result.fragment)
         return handshake.result.request
@@ -218,15 +224,19 @@ class ServerSession:
         self._running += 1
         outcome: Response | MeshError = MeshError("the handler was cancelled on the server")
         try:
+            if job.scope.cancel_called:
+                return  # discarded before it began, perhaps in the same read
             outcome = await self._service(request)
         except MeshError as error:
             outcome = error
         except Exception as error:  # a filter of the user's, above the error mapping
-            logger.exception("a layer of the server failed on %s", request.dest or "a request")
+            logger.exception("a layer of the server failed on %s", shown(request.dest) or "a request")
             outcome = MeshError(f"internal error: {type(error).__name__}")
         except BaseException:
             if passed(VAR.get().deadline, self._clock):
                 outcome = DeadlineExceeded("the deadline passed while the request was handled", processed=True)
+            elif not job.scope.cancel_called:
+                logger.exception("the handler of %s was cancelled, and not by us", shown(request.dest) or "a request")
             raise
         finally:
             self._running -= 1
@@ -241,7 +251,7 @@ class ServerSession:
         try:
             self._reply(message, outcome)
         except Exception:  # not a Response, or one that Mux has no room for; its caller waits all the same
-            logger.exception("the reply to %s cannot be sent", getattr(message, "dest", "") or "a request")
+            logger.exception("the reply to %s cannot be sent", shown(getattr(message, "dest", "")) or "a request")
             self._reply(message, MeshError("internal error: the reply cannot be sent"))
 
     def _reply(self, message: Tdispatch | Treq, outcome: Response | MeshError) -> None:
@@ -254,7 +264,12 @@ class ServerSession:
             self.connection.send(Rreq(tag, status, body), tag)
         else:
             section = encode_contexts(contexts) if contexts else b"\0\0"
-            self.connection.write(encode_rdispatch(tag, status, section, body), tag)
+            frame = encode_rdispatch(tag, status, section, body)
+            limits = self.connection.limits
+            if len(frame) - 4 > limits.max_frame or len(section) - 2 > limits.max_contexts:
+                # The client's limits are likely ours. Breaking them would end the session, and every call on it.
+                raise InvalidArgument(f"a reply of {len(frame)} bytes, contexts of {len(section)} (Limits)")
+            self.connection.write(frame, tag)
 
     def _receive(self, message: Message) -> None:
         if isinstance(message, Tdispatch):

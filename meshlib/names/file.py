@@ -48,7 +48,7 @@ class FileResolver:
                     seen = signature
                     yield addr
             except (OSError, ValueError) as error:
-                # Once for each way of being broken; a broken file is read again when it changes.
+                # Once for each way of being broken. A broken file is read again every time, until it is whole.
                 broken = str(error)
                 if seen != broken:
                     seen = broken

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from importlib.metadata import entry_points
 from typing import Protocol
 
 import anyio
@@ -56,6 +55,8 @@ def resolver_for(target: Target) -> Resolver:
     make = _BUILT_IN.get(target.scheme)
     if make is not None:
         return make()
+    from importlib.metadata import entry_points  # 10 ms, which those who stay with the built-in ones are spared
+
     found = entry_points(group="meshlib.resolvers")
     for entry in found:
         if entry.name == target.scheme:

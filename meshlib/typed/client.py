@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from ..balance.node import Node
 from ..client import Client
-from ..core.errors import ConfigurationError, RemoteError
+from ..core.errors import ConfigurationError, InvalidArgument, InvalidReply, RemoteError
 from ..core.service import Status
 from ..mux import Limits, Request, Response
 from ..mux import client as mux_client
@@ -96,12 +96,21 @@ def _calling(raw: Client[Request, Response], codec: MethodCodec) -> Callable[...
     dest, idempotent = codec.method.dest, codec.method.idempotent
 
     async def call(*args: Any, **kwargs: Any) -> Any:
-        reply = await raw(Request(codec.encode_arguments(args, kwargs), dest, (), idempotent))
+        try:
+            body = codec.encode_arguments(args, kwargs)
+        except InvalidArgument as error:
+            error.label = raw.env.label  # so that a server whose handler made this call does not pass it on as its own
+            raise
+        reply = await raw(Request(body, dest, (), idempotent))
         if reply.contexts:
             for key, value in reply.contexts:
                 if key == RAISED:
                     raise _raised(codec, value.decode(errors="replace"), reply.body)
-        return codec.decode_result(reply.body)
+        try:
+            return codec.decode_result(reply.body)
+        except InvalidReply as error:
+            error.label = raw.env.label
+            raise
 
     call.__name__ = codec.method.name
     call.__qualname__ = f"{codec.method.service}.{codec.method.name}"
@@ -123,7 +132,8 @@ def client(contract: type[T], target: str, *layers: Any, label: str = "", **opti
     Args:
         contract: A class with ``@rpc`` methods: the implementation itself, or the contract that both sides share.
         target: Where: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``.
-        layers: Each replaces the default at its place; plain filters are added. See `meshlib.client.default_layers`.
+        layers: Each replaces the default at its place (`default_layers` in ``meshlib/client.py``); plain filters are
+            added.
         label: What the client is called in metrics, spans and errors; by default the contract's name.
         options: ``limits``, ``stack``, ``classifier``, ``clock``, ``seed``: see `meshlib.mux.client`.
 
@@ -152,7 +162,7 @@ def serve(
         services: The objects.
         address: ``mux://host:port`` (port 0 takes a free one), ``host:port`` or ``unix:///path``.
         layers: Each replaces the default at its place; plain filters are added above the handlers. See
-            `meshlib.server.default_layers`.
+            `default_layers` in ``meshlib/server.py``.
         label: What the server is called in metrics, spans and logs; by default its services' names.
         grace: Seconds that closing waits for requests under way.
         limits: What a client may ask of us.

@@ -112,6 +112,7 @@ def methods_of(contract: type) -> dict[str, Method]:
         ConfigurationError: It has none, or an annotation cannot be understood.
     """
     methods: dict[str, Method] = {}
+    declaring = contracts_of(contract)
     for name in dir(contract):
         # The nearest declaration counts. An override without a decorator keeps the declared contract.
         declared = next((vars(c)[name] for c in contract.__mro__ if hasattr(vars(c).get(name), MARK)), None)
@@ -128,7 +129,8 @@ def methods_of(contract: type) -> dict[str, Method]:
             ) from error
         signature = inspect.signature(function)
         signature = signature.replace(parameters=list(signature.parameters.values())[1:])
-        methods[name] = Method(contract.__name__, name, function, signature, hints, mark.idempotent, mark.raises)
+        service = contract if contract in declaring else next(c for c in declaring if hasattr(vars(c).get(name), MARK))
+        methods[name] = Method(service.__name__, name, function, signature, hints, mark.idempotent, mark.raises)
     if not methods:
         raise ConfigurationError(f"{contract.__name__} has no @rpc methods")
     return methods

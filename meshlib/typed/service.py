@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..core.errors import ConfigurationError, UnknownMethod, UnknownService
+from ..core.errors import ConfigurationError, UnknownMethod, UnknownService, shown
 from ..mux import Request, Response
 from .codec import MethodCodec
 from .contract import contracts_of, methods_of
@@ -69,9 +69,9 @@ class TypedService:
         service, _, method = dest.removeprefix("/").partition("/")
         if service in self.services:
             return UnknownMethod(
-                f"service {service} has no method {method!r}; it has {_listed(self.services[service])}"
+                f"service {service} has no method {shown(method)!r}; it has {_listed(self.services[service])}"
             )
-        return UnknownService(f"no service {service!r} here; there is {_listed(self.services)}")
+        return UnknownService(f"no service {shown(service)!r} here; there is {_listed(self.services)}")
 
     def __repr__(self) -> str:
         return f"TypedService({_listed(self.services)})"
