@@ -251,7 +251,7 @@ async def test_the_stub_and_client_introduce_themselves() -> None:
         async with client as stub:
             assert repr(stub) == f"<client of Shop at {server.address}>"
             with pytest.raises(AttributeError, match="Shop has no @rpc method 'nope'; it has find, hang"):
-                stub.nope
+                _ = stub.nope
             assert stub.total.__doc__ == "Add up."
         lines = repr(client).splitlines()
         assert lines[0].startswith("Shop client 'Shop' -> <" + server.address)
