@@ -43,9 +43,6 @@ PLACES: Final = ("trace", "stats", "authorize", "deadline", "limit", "timeout", 
 GRACE: Final = 10.0
 """Seconds that closing waits for requests under way. Kubernetes kills 30 s after SIGTERM; this leaves room for more."""
 
-# Running out of these passes; a listener that gave up because of it would never come back.
-_PASSING: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-
 
 def default_layers() -> tuple[Layer, ...]:
     """What a server does when it is told nothing."""
@@ -215,14 +212,14 @@ class Server:
             try:
                 stream = await listener.accept()
             except OSError as error:
-                if error.errno in _PASSING:
+                if self._closing:
+                    return
+                if error.errno == errno.ECONNABORTED:  # while it was being accepted; others will come
+                    await anyio.lowlevel.checkpoint()
+                else:
+                    # Most likely out of files or memory. That passes; a listener that gave up would never come back.
                     logger.error("%s: cannot accept a connection: %s; waiting", self.env.label, error)
                     await anyio.sleep(0.1)
-                elif self._closing:
-                    return
-                else:
-                    # The connection broke while it was being accepted; others will come.
-                    await anyio.lowlevel.checkpoint()
                 continue
             except anyio.ClosedResourceError:
                 return

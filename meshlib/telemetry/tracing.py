@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from opentelemetry import trace as otel
-from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer, TraceState
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, Tracer, TraceState
 
 from ..core.context import VAR, CallRecord, Context, TraceId
 from ..core.deadlines import passed
@@ -106,13 +106,14 @@ class ClientTracing(_Tracing):
     async def _traced(self, tracer: Tracer, context: Context, request: Any, service: Service[Any, Any]) -> Any:
         parent = otel.get_current_span().get_span_context()
         within = None
+        links: tuple[Link, ...] = ()
         if not parent.is_valid and context.trace is not None:
-            parent = span_context(context.trace)
+            parent, links = parent_of(context.trace)
             within = otel.set_span_in_context(otel.NonRecordingSpan(parent))
         name, attributes = self._attributes(request)
         attributes["server.address"] = self.env.name
-        span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes)
-        child = trace_id(span.get_span_context(), parent)
+        span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes, links=links)
+        child = trace_id(span.get_span_context(), parent, debug=context.trace is not None and context.trace.debug)
         record = CallRecord(self.env.clock.now(), context.attempt > 0)
         token = VAR.set(context.evolve(trace=child, record=record))
         error: BaseException | None = None
@@ -140,11 +141,12 @@ class ServerTracing(_Tracing):
             return await service(request)
         context = VAR.get()
         # Without a caller's trace it is a root, whatever span was current when the server was started.
-        parent = SpanContext(0, 0, is_remote=True) if context.trace is None else span_context(context.trace)
+        parent, links = (NOBODY, ()) if context.trace is None else parent_of(context.trace)
         within = otel.set_span_in_context(otel.NonRecordingSpan(parent))
         name, attributes = self._attributes(request)
-        span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes)
-        token = VAR.set(context.evolve(trace=trace_id(span.get_span_context(), parent)))
+        span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes, links=links)
+        debug = context.trace is not None and context.trace.debug
+        token = VAR.set(context.evolve(trace=trace_id(span.get_span_context(), parent, debug=debug)))
         error: BaseException | None = None
         try:
             with otel.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False):
@@ -157,6 +159,21 @@ class ServerTracing(_Tracing):
             self._end(span, error)
 
 
+NOBODY = SpanContext(0, 0, is_remote=True)
+
+
+def parent_of(trace: TraceId) -> tuple[SpanContext, tuple[Link, ...]]:
+    """What a span made for a request under ``trace`` is a child of, and what it is linked to.
+
+    A caller that records nothing has not decided whether others should. As a parent it would say "not sampled", and
+    samplers that follow their parent, as OpenTelemetry's default does, would never record a thing behind it. So the
+    span becomes a root, by this process's own sampling, with a link to the caller.
+    """
+    remote = span_context(trace)
+    undecided = trace.sampled is None and not trace.debug
+    return (NOBODY, (Link(remote),)) if undecided else (remote, ())
+
+
 def span_context(trace: TraceId) -> SpanContext:
     """The OpenTelemetry form of a trace id that came over the wire."""
     flags = TraceFlags(TraceFlags.SAMPLED if trace.sampled or trace.debug else TraceFlags.DEFAULT)
@@ -164,13 +181,13 @@ def span_context(trace: TraceId) -> SpanContext:
     return SpanContext(trace.trace, trace.span, is_remote=True, trace_flags=flags, trace_state=state)
 
 
-def trace_id(span: SpanContext, parent: SpanContext) -> TraceId:
+def trace_id(span: SpanContext, parent: SpanContext, *, debug: bool = False) -> TraceId:
     """What travels for a span."""
     return TraceId(
         span.trace_id,
         span.span_id,
         parent.span_id if parent.is_valid else None,
         bool(span.trace_flags & TraceFlags.SAMPLED),
-        False,
+        debug,
         span.trace_state.to_header() if span.trace_state else "",
     )

@@ -99,7 +99,9 @@ async def test_no_call_fails_while_three_servers_are_restarted_one_by_one(
         for address in tuple(fleet.processes):
             await anyio.sleep(0.3)
             await anyio.to_thread.run_sync(fleet.restart, address, how)
-        await anyio.sleep(0.3)
+        with anyio.fail_after(20):  # a reconnect may have to wait out its backoff
+            while any(node.status is not meshlib.Status.OPEN for node in client.endpoints):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
         done.set()
 
     async with client, anyio.create_task_group() as group:

@@ -323,6 +323,34 @@ async def test_a_request_without_a_trace_is_a_root_whatever_was_current_when_the
     assert trace.parent is None
 
 
+@pytest.mark.parametrize("layer", [ClientTracing, ServerTracing])
+async def test_a_caller_that_has_not_decided_does_not_keep_us_from_recording(recorder, layer):
+    """A client without a tracer sends ids and no decision; as a parent it would say "not sampled"."""
+    theirs = TraceId(7 << 64, 9)
+    with use(Context(trace=theirs)):
+        trace = await layer().build(env(), inner)(mux.Request())
+    (span,) = recorder.spans
+    assert span.parent is None
+    assert [link.context.span_id for link in span.links] == [theirs.span]
+    assert (trace.trace, trace.parent, trace.sampled) == (span.context.trace_id, None, True)
+
+
+@pytest.mark.parametrize("layer", [ClientTracing, ServerTracing])
+async def test_a_caller_that_decided_against_it_is_followed(recorder, layer):
+    with use(Context(trace=TraceId(7 << 64, 9, sampled=False))):
+        trace = await layer().build(env(), inner)(mux.Request())
+    assert recorder.spans == ()
+    assert (trace.trace, trace.parent, trace.sampled) == (7 << 64, 9, False)
+
+
+@pytest.mark.parametrize("layer", [ClientTracing, ServerTracing])
+async def test_debug_is_recorded_and_travels_on(recorder, layer):
+    with use(Context(trace=TraceId(7 << 64, 9, debug=True))):
+        trace = await layer().build(env(), inner)(mux.Request())
+    assert len(recorder.spans) == 1
+    assert trace.debug
+
+
 async def test_the_handlers_span_is_current_no_longer_than_the_request(recorder):
     async def handler(request):
         return otel.get_current_span().get_span_context().span_id
