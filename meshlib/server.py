@@ -179,6 +179,8 @@ class Server:
             raise ServiceClosed(f"server {self.env.label!r} has been closed")
         if self._closed is not None:
             await self._bound.wait()
+            if self._closed is None or self._closing:  # the first could not bind, or was told to end meanwhile
+                await self.start()
             return
         self._closed, self._bound = anyio.Event(), anyio.Event()
         self._base = contextvars.copy_context()
@@ -198,7 +200,12 @@ class Server:
     async def _bind(self) -> list[SocketListener]:
         if self._unix:
             listener = await anyio.create_unix_listener(self._unix)
-            made = await anyio.Path(self._unix).stat()
+            try:
+                with anyio.CancelScope(shield=True):  # one look at a local file, without which it could not be removed
+                    made = await anyio.Path(self._unix).stat()
+            except BaseException:
+                await listener.aclose()
+                raise
             self._socket = (made.st_dev, made.st_ino)
             return [listener]
         multi = await anyio.create_tcp_listener(local_host=self._host or None, local_port=self._port)

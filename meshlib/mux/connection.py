@@ -221,7 +221,12 @@ class Connection:
         parts = list(self._queue.values())
         self._queue.clear()
         self._queued = 0
+        room = 4 * self.limits.max_frame  # what a `Reassembler` with our limits holds of them all
         for key, message in tuple(self._large.items()):
+            room -= message.size
+            if room < 0:  # it has not begun, and has to wait until one before it is through
+                self._queued += message.left
+                continue
             parts.append(message.take())
             self._queued += message.left
             if not message.left:

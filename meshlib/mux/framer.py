@@ -188,6 +188,11 @@ class Fragmenter:
         self._at = 8
 
     @property
+    def size(self) -> int:
+        """Bytes of the whole."""
+        return len(self._frame)
+
+    @property
     def started(self) -> bool:
         """Has a piece been taken?"""
         return self._at > 8

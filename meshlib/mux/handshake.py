@@ -87,7 +87,7 @@ def agree(headers: Contexts) -> Negotiated:
     for key, value in headers:
         if key == FRAMER:
             if len(value) != 4 or (size := struct.unpack(">i", value)[0]) <= 0:
-                raise MuxError(f"a mux-framer header of {value!r}: a fragment size is 4 bytes, above 0", "negotiation")
+                raise MuxError(f"a mux-framer header of {value[:8]!r}: a size is 4 bytes, above 0", "negotiation")
             fragment = None if size == UNLIMITED else size
         elif key == TLS and value == b"required":
             raise MuxError("the peer requires TLS inside the Mux session, which is off here", "negotiation")

@@ -7,6 +7,8 @@ counts, and not lateness: the connection is given up when nothing at all has com
 
 from __future__ import annotations
 
+from typing import Final
+
 import anyio
 
 from ..core.clock import Clock
@@ -16,6 +18,10 @@ from .connection import Connection
 from .messages import CONTROL_TAG, Tping
 
 __all__ = ["Pinger"]
+
+LOOKS: Final = 4
+"""How often to look, within the time that an answer may take, whether anything has come: silence is noticed that much
+later at most."""
 
 
 class Pinger:
@@ -53,11 +59,12 @@ class Pinger:
             started = self._clock.now()
             pong = self._pong = anyio.Event()
             self._connection.send(Tping(CONTROL_TAG))
-            received = -1
-            while not pong.is_set() and received != self._connection.received:
+            silent = 0
+            while not pong.is_set() and silent < LOOKS:
                 received = self._connection.received
-                with anyio.move_on_after(self._timeout):
+                with anyio.move_on_after(self._timeout / LOOKS):
                     await pong.wait()
+                silent = silent + 1 if received == self._connection.received else 0
             if not pong.is_set():
                 self._failures.value += 1
                 raise ConnectionLost(f"no answer to a ping within {self._timeout:g} s")

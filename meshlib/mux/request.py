@@ -53,11 +53,16 @@ def encode_request(tag: int, request: Request, limits: Limits, clock: Clock, *, 
     if treq:
         trace = context.trace
         ids = None if trace is None else (trace.span, trace.parent or trace.span, trace.trace & LOW)
-        return encode(Treq(tag, ids, None if trace is None else int(trace.debug), request.body))
+        return _fit(encode(Treq(tag, ids, None if trace is None else int(trace.debug), request.body)), limits)
     contexts = encode_context(context, clock, request.contexts, limits.max_contexts)
     if len(contexts) - 2 > limits.max_contexts:
         raise InvalidArgument(f"the contexts take {len(contexts)} bytes, over Limits.max_contexts")
-    frame = encode_tdispatch(tag, contexts, request.dest, context.dtab, request.body)
+    if sum(4 + len(p.encode()) + len(t.encode()) for p, t in context.dtab) > limits.max_contexts:
+        raise InvalidArgument("the local Dtab is over Limits.max_contexts")
+    return _fit(encode_tdispatch(tag, contexts, request.dest, context.dtab, request.body), limits)
+
+
+def _fit(frame: bytes, limits: Limits) -> bytes:
     if len(frame) - 4 > limits.max_frame:
         raise InvalidArgument(f"the request takes {len(frame)} bytes, over Limits.max_frame")
     return frame

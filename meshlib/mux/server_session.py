@@ -28,7 +28,7 @@ from ..core.env import Metrics
 from ..core.errors import DeadlineExceeded, InvalidArgument, MeshError, Rejected, ServiceClosed, shown
 from ..core.service import Service
 from ..core.supervisor import Job, Supervisor
-from .codec import MuxError, decode, encode_contexts, encode_rdispatch
+from .codec import MuxError, decode, encode, encode_contexts, encode_rdispatch
 from .connection import SLICE, Connection
 from .contexts import ContextReader
 from .failure import to_wire
@@ -260,16 +260,16 @@ class ServerSession:
         else:
             status, contexts, body = ReplyStatus.OK, outcome.contexts, outcome.body
         tag = message.tag
+        section = encode_contexts(contexts) if contexts else b"\0\0"
         if type(message) is Treq:
-            self.connection.send(Rreq(tag, status, body), tag)
+            frame = encode(Rreq(tag, status, body))
         else:
-            section = encode_contexts(contexts) if contexts else b"\0\0"
             frame = encode_rdispatch(tag, status, section, body)
-            limits = self.connection.limits
-            if len(frame) - 4 > limits.max_frame or len(section) - 2 > limits.max_contexts:
-                # The client's limits are likely ours. Breaking them would end the session, and every call on it.
-                raise InvalidArgument(f"a reply of {len(frame)} bytes, contexts of {len(section)} (Limits)")
-            self.connection.write(frame, tag)
+        limits = self.connection.limits
+        if len(frame) - 4 > limits.max_frame or len(section) - 2 > limits.max_contexts:
+            # The client's limits are likely ours. Breaking them would end the session, and every call on it.
+            raise InvalidArgument(f"a reply of {len(frame)} bytes, contexts of {len(section)} (Limits)")
+        self.connection.write(frame, tag)
 
     def _receive(self, message: Message) -> None:
         if isinstance(message, Tdispatch):

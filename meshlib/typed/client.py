@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from ..balance.node import Node
 from ..client import Client
-from ..core.errors import ConfigurationError, InvalidArgument, InvalidReply, RemoteError
+from ..core.errors import ConfigurationError, InvalidArgument, InvalidReply, MeshError, RemoteError, shown
 from ..core.service import Status
 from ..mux import Limits, Request, Response
 from ..mux import client as mux_client
@@ -105,7 +105,10 @@ def _calling(raw: Client[Request, Response], codec: MethodCodec) -> Callable[...
         if reply.contexts:
             for key, value in reply.contexts:
                 if key == RAISED:
-                    raise _raised(codec, value.decode(errors="replace"), reply.body)
+                    raised = _raised(codec, value.decode(errors="replace"), reply.body)
+                    if isinstance(raised, MeshError):
+                        raised.label = raw.env.label
+                    raise raised
         try:
             return codec.decode_result(reply.body)
         except InvalidReply as error:
@@ -122,7 +125,7 @@ def _calling(raw: Client[Request, Response], codec: MethodCodec) -> Callable[...
 def _raised(codec: MethodCodec, name: str, body: bytes) -> Exception:
     exception = codec.exceptions.get(name)
     if exception is None:
-        return RemoteError(f"the server raised {name}, which {codec.method} does not declare on this side")
+        return RemoteError(f"the server raised {shown(name)}, which {codec.method} does not declare on this side")
     return exception.decode(body)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from meshlib.client import Liveness
 from meshlib.core.context import Context, TraceId, use
+from meshlib.core.env import Env
 from meshlib.core.errors import (
     ConnectError,
     ConnectionLost,
@@ -18,6 +19,7 @@ from meshlib.core.errors import (
 )
 from meshlib.core.service import Status
 from meshlib.mux import Limits, Request, Response
+from meshlib.mux.client import open_session
 from meshlib.mux.client_session import UNANSWERED
 from meshlib.mux.codec import MuxError, encode
 from meshlib.mux.connection import HIGH_WATER
@@ -41,7 +43,8 @@ from meshlib.mux.messages import (
     Unknown,
 )
 from meshlib.mux.tags import TagPool
-from tests.memory import run_virtual
+from meshlib.telemetry.metrics import Registry
+from tests.memory import duplex, run_virtual
 
 from .peer import PROBE, Call, RawPeer, client_rig, settle
 
@@ -736,6 +739,16 @@ async def test_a_session_that_cannot_be_agreed_on_is_a_failed_connect(answer: li
     assert error.endpoint == "peer:1"
     assert isinstance(error.__cause__, MuxError)
     assert peers[0].stream.unread == 0
+
+
+async def test_a_session_that_cannot_be_agreed_on_is_counted() -> None:
+    here, there = duplex()
+    registry = Registry()
+    await there.send(PROBE + encode(Rinit(1, 2)))
+    with pytest.raises(ConnectError):
+        await open_session(here, "peer:1", Env(metrics=registry))
+    assert here.closed
+    assert registry.counter("mux/violations/negotiation").value == 1
 
 
 @pytest.mark.parametrize("after", [0, 1])

@@ -287,6 +287,21 @@ async def test_bytes_and_breaches_are_counted() -> None:
         }
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(107, "not connected"), anyio.BrokenResourceError(), anyio.ClosedResourceError()]
+)
+async def test_ending_our_half_of_a_connection_that_is_gone_is_no_error(error: Exception) -> None:
+    """Which of these a socket raises hangs on the event loop and on its kind; the reader finds out in any case."""
+
+    class Gone(MemoryStream):
+        async def send_eof(self) -> None:
+            raise error
+
+    stream = Gone.__new__(Gone)
+    connection = Connection(stream, Limits())
+    await connection.send_eof()
+
+
 async def test_closing_closes_the_stream_even_when_cancelled() -> None:
     rig = Rig(1000, Limits())
     with anyio.CancelScope() as scope:
