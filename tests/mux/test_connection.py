@@ -262,7 +262,7 @@ async def test_limits_hold_for_frames_fragments_and_contexts() -> None:
     ):
         rig = Rig(1 << 20, Limits(max_frame=1000, max_contexts=50, max_in_flight=1))
         await rig.there.send(data)
-        with pytest.raises(MuxError) as caught:
+        with pytest.raises(MuxError) as caught, anyio.fail_after(5):
             await rig.connection.next_message()
         assert caught.value.kind == kind
 

@@ -399,12 +399,14 @@ async def test_an_interrupt_in_finagle_cancels_our_handler(jvm: FinagleClient, o
     behaviours = ours[1]
     before = behaviours.interrupts
     for n, interrupt in enumerate((jvm.cancel, jvm.supersede, jvm.deadline), start=1):
+        # The deadline is known to our server as well: whoever is first, the handler is cancelled once.
         outcome = await in_thread(interrupt, 100, "/never", b"x")
         assert isinstance(outcome, Err)
         await until(lambda n=n: behaviours.interrupts == before + n)
         assert behaviours.running == 0
         assert await in_thread(jvm.call, "/echo", b"x") == Ok(b"x")
-    assert ours[0].metrics().get("mux/orphaned_tdiscard", 0) == 0
+        if interrupt != jvm.deadline:
+            assert ours[0].metrics().get("mux/orphaned_tdiscard", 0) == 0
 
 
 async def test_many_calls_of_finagle_at_once(jvm: FinagleClient) -> None:

@@ -254,7 +254,7 @@ async def test_the_answer_to_a_discard_does_not_wait_for_a_handler_that_takes_it
         try:
             await anyio.sleep_forever()
         finally:
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(20, shield=True):
                 await finish.wait()
         raise AssertionError
 
@@ -275,7 +275,7 @@ async def test_the_outcome_of_a_handler_that_does_not_let_itself_be_cancelled_is
     stubborn = anyio.Event()
 
     async def handler(request: Request) -> Response:
-        with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(20, shield=True):
             await stubborn.wait()
         return Response(request.body)
 
