@@ -203,10 +203,10 @@ class Server:
             try:
                 with anyio.CancelScope(shield=True):  # one look at a local file, without which it could not be removed
                     made = await anyio.Path(self._unix).stat()
+                    self._socket = (made.st_dev, made.st_ino)
             except BaseException:
                 await listener.aclose()
                 raise
-            self._socket = (made.st_dev, made.st_ino)
             return [listener]
         multi = await anyio.create_tcp_listener(local_host=self._host or None, local_port=self._port)
         bound: Any = multi.extra(SocketAttribute.local_address)
