@@ -14,7 +14,7 @@ import random
 import socket
 from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import Any, ClassVar, Final, Protocol, Self
+from typing import Any, ClassVar, Final, Protocol, Self, cast
 
 import anyio
 from anyio.abc import ByteStream, SocketAttribute, SocketListener
@@ -212,7 +212,8 @@ class Server:
         bound: Any = multi.extra(SocketAttribute.local_address)
         host, port = bound[:2]
         self._address = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-        return [*multi.listeners]  # type: ignore[list-item]
+        # anyio types a MultiListener by its streams, so the kind of its listeners is lost; these are all sockets.
+        return cast("list[SocketListener]", [*multi.listeners])
 
     async def _accept_from(self, listener: SocketListener) -> None:
         while True:
