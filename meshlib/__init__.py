@@ -16,11 +16,28 @@
 """
 
 from . import mux
+from .balancing.accrual import failure_accrual
+from .balancing.aperture import aperture
+from .balancing.balance import balance
+from .balancing.choose import p2c
+from .balancing.failfast import failfast
+from .balancing.load import least_loaded, peak_ewma
+from .balancing.outlier import outlier_detection
+from .balancing.rotation import heap, round_robin
+from .core.classify import (
+    ResponseClass,
+    classifier,
+    classify,
+    retry_connection_losses,
+    retry_server_errors,
+    retry_timeouts,
+)
 from .core.clock import Clock
-from .core.context import Context, TraceId, current, deadline, remaining, use
+from .core.context import Context, TraceId, current, remaining, use
 from .core.errors import (
     Attempt,
     AttemptTimeout,
+    CircuitOpen,
     ConfigurationError,
     ConnectError,
     ConnectionLost,
@@ -39,8 +56,18 @@ from .core.errors import (
 )
 from .core.service import Call, Filter, Service, ServiceFactory, Session, Status, filter
 from .core.stack import Layer, Stack
+from .filters.adaptive import adaptive
+from .filters.breaker import circuit_breaker
+from .filters.budget import retry_budget
+from .filters.deadline import deadline
+from .filters.fault import fault
+from .filters.hedge import hedge
 from .filters.limit import concurrency_limit
+from .filters.priority import priority
+from .filters.rate_limit import rate_limit
 from .filters.retry import retry
+from .filters.shadow import shadow
+from .filters.throttle import throttle
 from .filters.timeout import timeout
 from .typed.client import TypedClient, client, serve
 from .typed.contract import rpc
@@ -51,6 +78,7 @@ __all__ = [
     "Attempt",
     "AttemptTimeout",
     "Call",
+    "CircuitOpen",
     "Clock",
     "ConfigurationError",
     "ConnectError",
@@ -67,6 +95,7 @@ __all__ = [
     "Rejected",
     "RemoteError",
     "ResolutionError",
+    "ResponseClass",
     "Service",
     "ServiceClosed",
     "ServiceFactory",
@@ -77,16 +106,40 @@ __all__ = [
     "TypedClient",
     "UnknownMethod",
     "UnknownService",
+    "adaptive",
+    "aperture",
+    "balance",
+    "circuit_breaker",
+    "classifier",
+    "classify",
     "client",
     "concurrency_limit",
     "current",
     "deadline",
+    "failfast",
+    "failure_accrual",
+    "fault",
     "filter",
+    "heap",
+    "hedge",
+    "least_loaded",
     "mux",
+    "outlier_detection",
+    "p2c",
+    "peak_ewma",
+    "priority",
+    "rate_limit",
     "remaining",
     "retry",
+    "retry_budget",
+    "retry_connection_losses",
+    "retry_server_errors",
+    "retry_timeouts",
+    "round_robin",
     "rpc",
     "serve",
+    "shadow",
+    "throttle",
     "timeout",
     "use",
 ]

@@ -14,13 +14,17 @@ from typing import Any, ClassVar, Final, Generic, Protocol, Self, TypeVar
 
 import anyio
 
-from .balance.balancer import Balance, Balancer
-from .balance.node import Node
-from .balance.pool import Pool
-from .core.classify import Classifier, classify
+from .balancing.accrual import failure_accrual
+from .balancing.balance import Balance
+from .balancing.balancer import Balancer
+from .balancing.failfast import failfast
+from .balancing.node import Node
+from .balancing.pool import Pool
+from .core.classify import PartialClassifier, classify, complete
 from .core.clock import Clock
 from .core.env import Env, elsewhere
 from .core.errors import ConfigurationError, ConnectError, MeshError, ServiceClosed
+from .core.events import Decisions
 from .core.health import Health
 from .core.service import ServiceFactory, Session, Status
 from .core.stack import Layer, Stack
@@ -28,6 +32,7 @@ from .core.supervisor import Supervisor
 from .filters.requeue import Requeue
 from .filters.retry import Retry
 from .filters.source import Source
+from .filters.throttle import throttle
 from .filters.timeout import DEFAULT_TOTAL, TotalTimeout
 from .names.addr import Address
 from .names.bind import Bind
@@ -46,17 +51,22 @@ PLACES: Final = (
     "stats",
     "source",
     "timeout",
+    "rate_limit",
     "filters",
     "retry",
     "hedge",
     "bind",
     "requeue",
+    "budget",
     "admission",
     "balance",
     "endpoint_stats",
     "accrual",
+    "outlier",
     "failfast",
+    "limit",
     "attempt_timeout",
+    "fault",
     "pool",
     "liveness",
     "transport",
@@ -76,13 +86,15 @@ def default_layers() -> tuple[Layer, ...]:
         #                                hedge: nothing yet
         Bind(),  #                       bind: the name becomes a cluster that follows it
         Requeue(),  #                    requeue: what was never processed goes elsewhere
-        #                                admission: nothing yet
-        Balance(),  #                    balance: one of the ready endpoints
+        throttle(),  #                   admission: less is sent while servers refuse most of it
+        Balance(),  #                    balance: one of the ready endpoints, by P2C over peak EWMA
         # per endpoint
         EndpointStats(),  #              endpoint_stats: the same numbers for each attempt
-        #                                accrual, failfast: nothing yet
+        failure_accrual(),  #            accrual: an endpoint that keeps failing is left alone for a while
+        #                                outlier: nothing unless given
+        failfast(),  #                   failfast: no connection, no requests; reconnects in the background
         #                                attempt_timeout: none unless given
-        Pool(),  #                       pool: one shared session, reconnected in the background
+        Pool(),  #                       pool: one shared session
         Liveness(),  #                   liveness: pings
         Transport(),  #                  transport: connecting
     )
@@ -206,7 +218,7 @@ class Client(Generic[Req, Rep]):
         stack: Changes the stack in ways that a layer alone cannot say: ``lambda s: s.insert_before("retry", mine)``.
         clock: What time it is; for tests.
         seed: Of the client's random choices; for tests.
-        classifier: Which outcomes are failures.
+        classifier: Which outcomes are failures; the default decides what it leaves open.
 
     Raises:
         ConfigurationError: The target or a layer makes no sense.
@@ -221,7 +233,7 @@ class Client(Generic[Req, Rep]):
         stack: Callable[[Stack], Stack] | None = None,
         clock: Clock | None = None,
         seed: int | None = None,
-        classifier: Classifier = classify,
+        classifier: PartialClassifier = classify,
     ) -> None:
         self.registry = Registry()
         self.stack = Stack(PLACES, default_layers()).with_layers(*layers)
@@ -230,16 +242,18 @@ class Client(Generic[Req, Rep]):
         for place in ("bind", "balance", "pool", "transport"):
             if self.stack.find(place) is None:
                 raise ConfigurationError(f"a client cannot do without a layer at {place!r}; replace it instead")
+        clock = clock or Clock()
         self.env = Env(
             kind="client",
             label=label or target,
             name=target,
             protocol=connector.protocol,
-            clock=clock or Clock(),
+            clock=clock,
             rng=random.Random(seed),
             metrics=self.registry,
+            events=Decisions(clock, self.registry),
             supervisor=Supervisor(f"client {label or target!r}"),
-            classifier=classifier,
+            classifier=complete(classifier),
         )
         self._service: Callable[[Req], Awaitable[Rep]] = self._build(connector)
         self._watch: Watch = self.env.params[Watch]
@@ -310,6 +324,11 @@ class Client(Generic[Req, Rep]):
         if self._closed:
             return Status.CLOSED
         return max(self._balancer.status, Status.BUSY)
+
+    @property
+    def events(self) -> Decisions:
+        """What its layers decide, and why: ``client.events.listen(print)``."""
+        return self.env.events
 
     @property
     def endpoints(self) -> tuple[Node, ...]:

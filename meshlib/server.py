@@ -22,6 +22,7 @@ from anyio.abc import ByteStream, SocketAttribute, SocketListener
 from .core.clock import Clock
 from .core.env import Env
 from .core.errors import ConfigurationError, ServiceClosed
+from .core.events import Decisions
 from .core.service import as_service
 from .core.stack import Layer, Stack
 from .core.supervisor import Supervisor
@@ -37,7 +38,22 @@ __all__ = ["PLACES", "Acceptor", "Server", "ServerConnection", "default_layers"]
 
 logger = logging.getLogger("meshlib.server")
 
-PLACES: Final = ("trace", "stats", "authorize", "deadline", "limit", "timeout", "errors", "filters")
+PLACES: Final = (
+    "trace",
+    "stats",
+    "authorize",
+    "deadline",
+    "rate_limit",
+    "limit",
+    "timeout",
+    "errors",
+    "filters",
+    "retry",
+    "hedge",
+    "budget",
+    "attempt_timeout",
+    "fault",
+)
 """Every place of a server's stack, from the wire to the handler."""
 
 GRACE: Final = 10.0
@@ -127,14 +143,16 @@ class Server:
         self.stack = Stack(PLACES, default_layers()).with_layers(*layers)
         if stack is not None:
             self.stack = stack(self.stack)
+        clock = clock or Clock()
         self.env = Env(
             kind="server",
             label=label or address,
             name=address,
             protocol=acceptor.protocol,
-            clock=clock or Clock(),
+            clock=clock,
             rng=random.Random(seed),
             metrics=self.registry,
+            events=Decisions(clock, self.registry),
             supervisor=Supervisor(f"server {label or address!r}"),
         )
         self.grace = grace
@@ -318,6 +336,11 @@ class Server:
 
     def __await__(self) -> Generator[Any, Any, Self]:
         return self.__aenter__().__await__()
+
+    @property
+    def events(self) -> Decisions:
+        """What its layers decide, and why: ``server.events.listen(print)``."""
+        return self.env.events
 
     def metrics(self) -> dict[str, float]:
         """Every number this server keeps, by name."""

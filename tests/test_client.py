@@ -15,9 +15,10 @@ from meshlib.core.deadlines import kept
 from meshlib.core.env import Env
 from meshlib.core.errors import ConfigurationError, ConnectError, DeadlineExceeded, NoEndpoints, ServiceClosed
 from meshlib.core.service import Status
+from meshlib.filters.timeout import ServerDeadline
 from meshlib.names import file
 from meshlib.names.addr import Address
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 
 async def echo(request: mux.Request) -> mux.Response:
@@ -208,7 +209,7 @@ def test_on_another_event_loop_it_says_so_at_once_and_can_be_closed(backend):
         ([5], "5 is not a layer"),
         ([echo], "becomes a layer with @meshlib.filter"),
         ([Transport], r"is a class; give a value, such as Transport\(…\)"),
-        ([meshlib.concurrency_limit(5)], "there is no place 'limit' in this stack; its places are trace, stats"),
+        ([ServerDeadline()], "there is no place 'deadline' in this stack; its places are trace, stats"),
     ],
 )
 def test_what_is_no_layer_of_a_client_is_told_when_it_is_made(layers, says):

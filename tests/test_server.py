@@ -15,8 +15,9 @@ from meshlib.core.errors import ConfigurationError, ServiceClosed
 from meshlib.mux.client import MuxConnector
 from meshlib.mux.codec import encode
 from meshlib.mux.messages import Rping, Tping
+from meshlib.names.bind import Bind
 from meshlib.server import GRACE, PLACES, default_layers
-from tests.memory import duplex, run_virtual
+from meshlib.testing import duplex, run_virtual
 
 MINE = contextvars.ContextVar("mine", default="nobody's")
 
@@ -127,8 +128,8 @@ async def test_an_address_that_is_taken_is_told_and_can_be_tried_again():
 def test_what_is_no_service_or_no_layer_of_a_server_is_told_when_it_is_made():
     with pytest.raises(TypeError, match="is not a service"):
         mux.serve(5)
-    with pytest.raises(ConfigurationError, match="no place 'retry' in this stack; its places are trace, stats"):
-        mux.serve(echo, "127.0.0.1:0", meshlib.retry())
+    with pytest.raises(ConfigurationError, match="no place 'bind' in this stack; its places are trace, stats"):
+        mux.serve(echo, "127.0.0.1:0", Bind())
     with pytest.raises(ConfigurationError, match=r"becomes a layer with @meshlib\.filter"):
         mux.serve(echo, "127.0.0.1:0", echo)
 

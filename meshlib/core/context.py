@@ -16,13 +16,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import msgspec
 
 from .clock import Clock, loop_time
 from .errors import Attempt, ConfigurationError
+from .priority import Priority
+
+if TYPE_CHECKING:
+    from .events import Decision
 
 __all__ = ["CLOCK", "CallRecord", "Context", "TraceId", "current", "deadline", "remaining", "use"]
 
@@ -64,10 +68,11 @@ class CallRecord:
         attempts: How each failed try ended.
         retries: How many tries followed the first.
         last_try: No other try can follow the one under way.
+        decisions: What layers decided about it, and why; see `Decision`.
         opened: The layer that signs errors keeps it; a call made from within this one needs an account of its own.
     """
 
-    __slots__ = ("attempts", "chained", "endpoint", "last_try", "opened", "retries", "started", "tried")
+    __slots__ = ("attempts", "chained", "decisions", "endpoint", "last_try", "opened", "retries", "started", "tried")
 
     def __init__(self, started: float, chained: bool = False) -> None:
         self.started = started
@@ -75,9 +80,26 @@ class CallRecord:
         self.endpoint: Any = None
         self.tried: tuple[Any, ...] = ()
         self.attempts: tuple[Attempt, ...] = ()
+        self.decisions: tuple[Decision, ...] = ()
         self.retries = 0
         self.last_try = True
         self.opened = False
+
+    def fork(self) -> CallRecord:
+        """An account for another try, made while the latest is under way. It knows where that one went."""
+        other = CallRecord(self.started, self.chained)
+        other.tried = self.tried if self.endpoint is None else (*self.tried, self.endpoint)
+        other.last_try, other.opened = self.last_try, self.opened
+        return other
+
+    def join(self, other: CallRecord) -> None:
+        """Take over what a `fork` has to tell, once its try has ended or been given up."""
+        if other.endpoint is not None:
+            other.attempts += (Attempt(str(other.endpoint), "no reply by then"),)
+        self.attempts += other.attempts
+        self.tried += tuple(endpoint for endpoint in other.tried if endpoint not in self.tried)
+        self.decisions += other.decisions
+        self.retries += other.retries
 
     def failed(self, error: BaseException) -> None:
         """Note that the latest try failed."""
@@ -103,6 +125,7 @@ class Context(msgspec.Struct, frozen=True):
         baggage: W3C ``baggage``, unchanged.
         opaque: Contexts that nobody here understands; they travel on unchanged.
         record: The logical call being made. Stays in this process, and is not inherited by a handler's own calls.
+        priority: Who goes first when not all can; see `Priority`.
     """
 
     deadline: float | None = None
@@ -113,6 +136,7 @@ class Context(msgspec.Struct, frozen=True):
     baggage: str = ""
     opaque: tuple[tuple[bytes, bytes], ...] = ()
     record: CallRecord | None = None
+    priority: Priority = Priority.DEFAULT
 
     def evolve(self, **changes: Any) -> Context:
         """A copy with some fields changed."""

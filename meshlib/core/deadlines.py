@@ -35,7 +35,8 @@ class Wheel:
 
     Args:
         clock: What the deadlines are measured on.
-        expired: Called with the key of each deadline that has passed.
+        expired: Called with the key of each deadline that has passed; in the order in which they were added, within one
+            tick, so that what follows from it repeats.
     """
 
     __slots__ = ("_buckets", "_clock", "_earlier", "_expired", "_next", "_ticks")
@@ -43,7 +44,7 @@ class Wheel:
     def __init__(self, clock: Clock, expired: Callable[[Any], None]) -> None:
         self._clock = clock
         self._expired = expired
-        self._buckets: dict[int, set[Any]] = {}
+        self._buckets: dict[int, dict[Any, None]] = {}
         self._ticks: list[int] = []
         self._next: int | None = None
         self._earlier: anyio.Event | None = None
@@ -58,25 +59,26 @@ class Wheel:
         tick = ((due - 1 >> coarse) + 1) << coarse
         bucket = self._buckets.get(tick)
         if bucket is None:
-            self._buckets[tick] = {key}
+            self._buckets[tick] = {key: None}
             heappush(self._ticks, tick)
             if self._earlier is not None and (self._next is None or tick < self._next):
                 self._earlier.set()
         else:
-            bucket.add(key)
+            bucket[key] = None
         return tick
 
     def discard(self, tick: int, key: Any) -> None:
         """Watch it no more. Harmless when it has fired."""
         bucket = self._buckets.get(tick)
         if bucket is not None:
-            bucket.discard(key)
+            bucket.pop(key, None)
 
     async def run(self) -> None:
         """Fire what is due, until cancelled."""
         while True:
             now = self._clock.now()
-            while self._ticks and self._ticks[0] <= now * PER_SECOND:
+            # Buckets whose last key was discarded wake nobody.
+            while self._ticks and (self._ticks[0] <= now * PER_SECOND or not self._buckets[self._ticks[0]]):
                 for key in self._buckets.pop(heappop(self._ticks)):
                     self._expired(key)
             self._next = self._ticks[0] if self._ticks else None

@@ -14,6 +14,7 @@ from .classify import Classifier, classify
 from .clock import Clock
 from .context import CLOCK
 from .errors import ConfigurationError
+from .events import Decisions
 from .health import Health
 from .supervisor import Supervisor
 
@@ -113,6 +114,7 @@ class Env:
         rng: Where chance comes from.
         metrics: Where numbers go.
         supervisor: Where background work goes.
+        events: Where layers say what they decided, and why.
         classifier: What is a failure.
         address: The endpoint, for layers below the balancer.
         health: The endpoint's account of itself, for layers below the balancer.
@@ -129,6 +131,7 @@ class Env:
     rng: random.Random = field(default_factory=random.Random)
     metrics: Metrics = field(default_factory=NoMetrics)
     supervisor: Supervisor = field(default_factory=Supervisor)
+    events: Decisions = field(default_factory=lambda: Decisions(CLOCK, NoMetrics()))
     classifier: Classifier = classify
     address: Any = None
     health: Health = field(default_factory=Health)

@@ -13,6 +13,7 @@ when the call is idempotent (a *retry*).
 
     MeshError
     ├─ Rejected              refused before a handler saw it: nacked, over a limit, draining, out of tags
+    │  └─ CircuitOpen        a circuit breaker is open, and the call was not made
     ├─ ConnectError          no connection could be made                    (also a ConnectionError)
     ├─ ConnectionLost        the connection ended while a reply was awaited (also a ConnectionError)
     ├─ DeadlineExceeded      time ran out                                   (also a TimeoutError)
@@ -32,10 +33,15 @@ when the call is idempotent (a *retry*).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .events import Decision
 
 __all__ = [
     "Attempt",
     "AttemptTimeout",
+    "CircuitOpen",
     "ConfigurationError",
     "ConnectError",
     "ConnectionLost",
@@ -85,6 +91,9 @@ class MeshError(Exception):
         attempts: Every try that was made, in order.
         elapsed: Seconds from the start of the call to this error.
         verdict: Why it was not tried (again), when somebody decided so.
+        decisions: What the layers decided about the call, and why, in order; see `Decision`.
+        retry_after: Seconds for which the server asked to be left alone (HTTP's Retry-After, gRPC's pushback); ``None``
+            when it did not say.
     """
 
     retryable: bool = False
@@ -104,6 +113,8 @@ class MeshError(Exception):
         self.attempts: tuple[Attempt, ...] = ()
         self.elapsed: float | None = None
         self.verdict = ""
+        self.decisions: tuple[Decision, ...] = ()
+        self.retry_after: float | None = None
 
     def finalize(self, verdict: str) -> None:
         """Nobody should try this again, and ``verdict`` says why. It travels: callers further up see it too."""
@@ -149,6 +160,15 @@ class Rejected(MeshError):
     retryable = True
     processed: bool | None = False
     by_peer = False
+
+
+class CircuitOpen(Rejected):
+    """A circuit breaker is open, so the call was not made; ``retry_after`` says when one may pass.
+
+    Nobody should try again at once: what is behind the circuit fails, and the circuit would still be open.
+    """
+
+    retryable = False
 
 
 class ConnectError(MeshError, ConnectionError):

@@ -50,6 +50,7 @@ class Source(Filter[Any, Any, Any, Any]):
                 if record.endpoint is not None:  # a try that time ran out on, or that something above gave up
                     record.attempts += (Attempt(str(record.endpoint), "no reply by then"),)
                 error.attempts = record.attempts
+                error.decisions = record.decisions
                 if error.attempts and not error.endpoint:
                     error.endpoint = error.attempts[-1].endpoint
             raise

@@ -81,6 +81,8 @@ class TotalTimeout(Filter[Any, Any, Any, Any]):
             if not error.label and (error.kept_here is not None or passed(at, self._clock)):
                 waiting = f": {error.kept_here}" if error.kept_here else ""
                 error.args = (self._whose(inherited, at - now) + waiting,)
+                if not inherited:
+                    error.kept_here = None  # it is told whose it was; a longer timeout above must not claim it
             raise
         finally:
             if token is not None:

@@ -7,7 +7,8 @@ be a hop behind. The W3C form then adds what the other cannot say: the ``tracest
 A deadline leaves as (now, now + what is left) on this host's wall clock and is read as a difference, so that clocks
 need not agree (Finagle compares wall clocks). A known context that cannot be decoded is ignored and counted; contexts
 that nobody here knows are kept and sent on unchanged. Layouts: finagle-core, context/Deadline.scala,
-tracing/TraceId.scala, context/Requeues.scala.
+tracing/TraceId.scala, context/Requeues.scala. A priority other than the default one is a word of ours, which Finagle
+passes on; a word that is not known here stands for the default, so that there can be others one day.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Final
 from ..core.clock import Clock
 from ..core.context import Context, TraceId
 from ..core.env import Counter, NoMetrics
+from ..core.priority import Priority
 from .codec import DEFAULT_LIMITS, encode_contexts
 from .messages import Contexts, Dtab
 
@@ -31,6 +33,7 @@ CLIENT_ID: Final = b"com.twitter.finagle.thrift.ClientIdContext"
 TRACEPARENT: Final = b"traceparent"
 TRACESTATE: Final = b"tracestate"
 BAGGAGE: Final = b"baggage"
+PRIORITY: Final = b"meshlib.Priority"
 
 LOW: Final = (1 << 64) - 1
 FURTHEST: Final = (1 << 63) - 1
@@ -49,9 +52,11 @@ _TRACEPARENT: Final = _prefix(TRACEPARENT, 55)
 _pack_deadline: Final = struct.Struct(">qq").pack
 _pack_trace: Final = struct.Struct(">QQQQQ").pack
 _pack_count: Final = struct.Struct(">h").pack
-_KNOWN: Final = frozenset((DEADLINE, TRACE, RETRIES, CLIENT_ID, TRACEPARENT, TRACESTATE, BAGGAGE))
+_KNOWN: Final = frozenset((DEADLINE, TRACE, RETRIES, CLIENT_ID, TRACEPARENT, TRACESTATE, BAGGAGE, PRIORITY))
 _FOLDED: Final = {key.lower(): key for key in _KNOWN}
 """Ids are compared without regard to case, as Finagle does; everybody writes them in the same case all the same."""
+_WORDS: Final = {priority: priority.name.lower().encode() for priority in Priority}
+_PRIORITIES: Final = {word: priority for priority, word in _WORDS.items()}
 _PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 
@@ -84,6 +89,8 @@ def encode_context(
         ours.append((RETRIES, struct.pack(">i", min(context.attempt, MOST_TRIES))))
     if context.client_id:
         ours.append((CLIENT_ID, context.client_id.encode()))
+    if context.priority is not Priority.DEFAULT:
+        ours.append((PRIORITY, _WORDS[context.priority]))
     through: list[tuple[bytes, bytes]] = []
     if trace is not None and trace.state:
         through.append((TRACESTATE, trace.state.encode()))
@@ -111,7 +118,8 @@ class ContextReader:
 
     Args:
         clock: What a remaining time is added to.
-        trust: May the caller say where our own calls go? Without it an inbound Dtab is dropped.
+        trust: May the caller say where our own calls go, and how much its own matter? Without it an inbound Dtab or
+            priority is dropped.
         undecodable: Counts known contexts that could not be decoded, and were ignored.
     """
 
@@ -129,6 +137,7 @@ class ContextReader:
         w3c: TraceId | None = None
         state = baggage = client_id = ""
         attempt = 0
+        priority = Priority.DEFAULT
         opaque: list[tuple[bytes, bytes]] = []
         for pair in contexts:
             key, value = pair
@@ -151,6 +160,9 @@ class ContextReader:
                     client_id = value.decode()
                 elif key == BAGGAGE:
                     baggage = value.decode()
+                elif key == PRIORITY:
+                    if self._trust:
+                        priority = _PRIORITIES.get(value, Priority.DEFAULT)
                 else:
                     opaque.append(pair)
             except (struct.error, ValueError):
@@ -163,6 +175,7 @@ class ContextReader:
             client_id,
             baggage,
             tuple(opaque),
+            priority=priority,
         )
 
 

@@ -1,12 +1,13 @@
 """How a failure crosses the wire.
 
 Mux knows three replies: OK, ERROR with a text, and NACK, which promises that the request was not processed; and a
-``MuxFailure`` context that adds flags. What our own peers need beyond that, which kind of error it was, travels in one
-more context that other implementations pass over.
+``MuxFailure`` context that adds flags. What our own peers need beyond that, which kind of error it was and for how long
+the server asks to be left alone, travels in two more contexts that other implementations pass over.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Final
 
@@ -29,6 +30,10 @@ LONGEST: Final = 4096
 """Bytes of a reason that are worth reading; a peer may send as many as fit into a frame."""
 FLAGS: Final = b"MuxFailure"
 KIND: Final = b"meshlib.error"
+RETRY_AFTER: Final = b"meshlib.RetryAfter"
+"""Milliseconds, in ASCII digits; -1 for "not again at all"."""
+LONGEST_WAIT: Final = 3600.0
+"""Seconds for which a server may ask to be left alone. One that asks for more gets as much."""
 
 
 class _Kind(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -49,8 +54,9 @@ def to_wire(error: MeshError) -> tuple[ReplyStatus, Contexts, bytes]:
     """
     text = error.message.encode()
     if error.requeueable:
-        return ReplyStatus.NACK, ((FLAGS, _flags(MuxFailure.RETRYABLE | MuxFailure.REJECTED)),), text
-    contexts: list[tuple[bytes, bytes]] = []
+        flags = (FLAGS, _flags(MuxFailure.RETRYABLE | MuxFailure.REJECTED))
+        return ReplyStatus.NACK, (flags, *_pushback(error)), text
+    contexts: list[tuple[bytes, bytes]] = _pushback(error)
     if isinstance(error, Rejected):
         contexts.append((FLAGS, _flags(MuxFailure.REJECTED | MuxFailure.NON_RETRYABLE)))
     elif "retryable" in vars(error) and not error.retryable:
@@ -62,6 +68,24 @@ def to_wire(error: MeshError) -> tuple[ReplyStatus, Contexts, bytes]:
     return ReplyStatus.ERROR, tuple(contexts), text
 
 
+def _pushback(error: MeshError) -> list[tuple[bytes, bytes]]:
+    seconds = error.retry_after
+    if seconds is None or seconds != seconds:
+        return []
+    if seconds < 0:
+        return [(RETRY_AFTER, b"-1")]
+    return [(RETRY_AFTER, b"%d" % math.ceil(min(seconds, LONGEST_WAIT) * 1e3))]
+
+
+def read_retry_after(value: bytes) -> float | None:
+    """Seconds for which the server asks to be left alone, -1 for ever; ``None`` if ``value`` says neither."""
+    if value == b"-1":
+        return -1.0
+    if not (0 < len(value) <= 16 and value.isdigit()):
+        return None
+    return min(int(value) / 1e3, LONGEST_WAIT)
+
+
 def _flags(flags: MuxFailure) -> bytes:
     return struct.pack(">q", flags)
 
@@ -71,14 +95,23 @@ def from_wire(status: ReplyStatus, contexts: Contexts, body: bytes) -> MeshError
     text = body[:LONGEST].decode(errors="replace")
     flags = MuxFailure(0)
     kind = None
+    retry_after = None
     for key, value in contexts:
         if key == FLAGS and len(value) >= 8:
             flags = MuxFailure(struct.unpack_from(">q", value)[0] & 7)
+        elif key == RETRY_AFTER:
+            retry_after = read_retry_after(value)
         elif key == KIND:
             try:
                 kind = _decode(value)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 kind = None
+    error = _error(status, flags, kind, text, contexts)
+    error.retry_after = retry_after
+    return error
+
+
+def _error(status: ReplyStatus, flags: MuxFailure, kind: _Kind | None, text: str, contexts: Contexts) -> MeshError:
     final = bool(flags & MuxFailure.NON_RETRYABLE)
     unprocessed = status is ReplyStatus.NACK or bool(flags & MuxFailure.RETRYABLE)
     if unprocessed or flags & MuxFailure.REJECTED:

@@ -23,7 +23,8 @@ class MuxAcceptor:
 
     Args:
         limits: What a client may ask of us.
-        trust_context: May a caller's Dtab say where our own calls go? Servers that face strangers say no.
+        trust_context: May a caller's Dtab say where our own calls go, and its priority how much its own matter? Servers
+            that face strangers say no.
     """
 
     protocol: ClassVar[str] = "mux"
@@ -66,7 +67,7 @@ def serve(
         label: What the server is called in metrics, spans and logs.
         grace: Seconds that closing waits for requests under way.
         limits: What a client may ask of us.
-        trust_context: ``False`` drops inbound Dtabs.
+        trust_context: ``False`` drops inbound Dtabs and priorities.
         options: ``stack``, ``clock``, ``seed``: see `meshlib.server.Server`.
 
     Raises:

@@ -7,7 +7,8 @@ for only when a provider other than OpenTelemetry's placeholder is installed; th
 noticed within a second.
 
 Span names and attributes follow OpenTelemetry's RPC conventions 1.45: the client's span covers the logical call with
-all its retries (each failed attempt is an event on it), and ``server.address`` is the logical target.
+all its retries (each failed attempt and each decision of a layer is an event on it), and ``server.address`` is the
+logical target.
 """
 
 from __future__ import annotations
@@ -69,6 +70,17 @@ class _Tracing(Filter[Any, Any, Any, Any]):
     def __repr__(self) -> str:
         return "trace()"
 
+    def _tell(self, span: Span, record: CallRecord) -> None:
+        """An event for each decision, at its time."""
+        now, epoch = self.env.clock.now(), self.env.clock.epoch_ns()
+        for decision in record.decisions:
+            facts = {"kind": decision.kind, "code": decision.code}
+            if decision.detail:
+                facts["detail"] = decision.detail
+            if decision.endpoint:
+                facts["endpoint"] = decision.endpoint
+            span.add_event("decision", facts, timestamp=epoch - int((now - decision.at) * 1e9))
+
     def _end(self, span: Span, error: BaseException | None) -> None:
         if span.is_recording():
             if error is None:
@@ -124,8 +136,10 @@ class ClientTracing(_Tracing):
             raise
         finally:
             VAR.reset(token)
-            for attempt in record.attempts:
-                span.add_event("attempt", {"endpoint": attempt.endpoint, "outcome": attempt.outcome or ""})
+            if span.is_recording():
+                for attempt in record.attempts:
+                    span.add_event("attempt", {"endpoint": attempt.endpoint, "outcome": attempt.outcome or ""})
+                self._tell(span, record)
             self._end(span, error)
 
 
@@ -146,7 +160,10 @@ class ServerTracing(_Tracing):
         name, attributes = self._attributes(request)
         span = tracer.start_span(name, context=within, kind=self.kind, attributes=attributes, links=links)
         debug = context.trace is not None and context.trace.debug
-        token = VAR.set(context.evolve(trace=trace_id(span.get_span_context(), parent, debug=debug)))
+        # What the server's own layers decide goes into its span. The handler's calls have accounts of their own.
+        record = CallRecord(self.env.clock.now(), context.attempt > 0)
+        record.opened = True
+        token = VAR.set(context.evolve(trace=trace_id(span.get_span_context(), parent, debug=debug), record=record))
         error: BaseException | None = None
         try:
             with otel.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False):
@@ -156,6 +173,8 @@ class ServerTracing(_Tracing):
             raise
         finally:
             VAR.reset(token)
+            if record.decisions and span.is_recording():
+                self._tell(span, record)
             self._end(span, error)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from ..balance.node import Node
+from ..balancing.node import Node
 from ..client import Client
 from ..core.errors import ConfigurationError, InvalidArgument, InvalidReply, MeshError, RemoteError, shown
+from ..core.events import Decisions
 from ..core.service import Status
 from ..mux import Limits, Request, Response
 from ..mux import client as mux_client
@@ -63,6 +64,11 @@ class TypedClient(Generic[T]):
     def endpoints(self) -> tuple[Node, ...]:
         """Its endpoints; each prints its status, the reason for it, and its load."""
         return self.raw.endpoints
+
+    @property
+    def events(self) -> Decisions:
+        """What its layers decide, and why: ``client.events.listen(print)``."""
+        return self.raw.events
 
     def metrics(self) -> dict[str, float]:
         """Every number this client keeps, by name."""

@@ -9,7 +9,7 @@ import pytest
 
 from meshlib.core.clock import Clock, loop_time
 from meshlib.core.context import CLOCK, deadline, remaining
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 
 def test_under_a_mock_clock_an_hour_passes_at_once():

@@ -11,7 +11,7 @@ import meshlib
 from meshlib.core.clock import Clock
 from meshlib.core.context import EMPTY, CallRecord, Context, TraceId, current, deadline, remaining, use
 from meshlib.core.errors import Attempt, ConfigurationError
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 
 def frozen(at: float = 100.0) -> Clock:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from meshlib.core.clock import Clock
 from meshlib.core.deadlines import LEAST_WAIT, Wheel, passed, wait_by
 from meshlib.core.errors import DeadlineExceeded
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 TICK = 0.01
 

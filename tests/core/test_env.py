@@ -2,7 +2,7 @@
 
 import meshlib
 from meshlib.core.env import Env
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 
 def test_what_layers_share_is_made_once_by_whoever_asks_first():

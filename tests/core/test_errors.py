@@ -17,6 +17,7 @@ FACTS = {
     # class                may anybody try again?  did a handler see it?  also a
     "MeshError": (False, None, Exception),
     "Rejected": (True, False, MeshError),
+    "CircuitOpen": (False, False, meshlib.Rejected),
     "ConnectError": (True, False, ConnectionError),
     "ConnectionLost": (True, None, ConnectionError),
     "DeadlineExceeded": (False, None, TimeoutError),

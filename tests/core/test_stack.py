@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import meshlib
-from meshlib.balance.balancer import Balance
+from meshlib.balancing.balance import Balance
 from meshlib.core.env import Env
 from meshlib.core.errors import ConfigurationError
 from meshlib.core.service import Filter

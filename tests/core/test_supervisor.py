@@ -12,7 +12,7 @@ import trio
 import meshlib
 from meshlib.core.errors import ServiceClosed
 from meshlib.core.supervisor import Supervisor
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 MINE = contextvars.ContextVar("mine", default="nobody's")
 

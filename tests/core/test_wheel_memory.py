@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from meshlib.core.clock import Clock
 from meshlib.core.deadlines import LEAST_WAIT, Wheel
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 FEW_THOUSAND = 5000
 TICK = 0.01

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import meshlib
+from meshlib import mux
 from meshlib.core.errors import ConfigurationError
-from meshlib.filters.budget import RetryBudget
+from meshlib.filters.budget import RetryBudget, retry_budget
 
 
 def spend(budget, now):
@@ -187,13 +189,58 @@ def test_in_an_outage_the_load_grows_by_a_fifth_and_the_reserve_and_no_more():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"share": -0.1}, {"share": 1001}, {"share": math.nan}, {"min_per_second": -1}, {"ttl": 0.5}, {"ttl": 61}],
+    [
+        {"share": -0.1},
+        {"share": 1001},
+        {"share": math.nan},
+        {"share": "20%"},
+        {"share": True},
+        {"min_per_second": -1},
+        {"min_per_second": math.inf},
+        {"ttl": 0.5},
+        {"ttl": 61},
+        {"min_concurrency": 0},
+    ],
     ids=str,
 )
 def test_what_makes_no_sense_is_told_at_construction(wrong):
-    with pytest.raises(ConfigurationError, match=r"share is a number from 0 .*ttl is 1 to 60 seconds"):
-        RetryBudget(**wrong)
+    says = r"share is a number from 0 .*ttl is 1 to 60 seconds, min_concurrency is 1 or more"
+    for make in (RetryBudget, retry_budget):
+        with pytest.raises(ConfigurationError, match=says):
+            make(**wrong)
 
 
 def test_it_prints_its_terms():
     assert repr(RetryBudget()) == "budget(20% + 10/s)"
+
+
+# --- as a layer -------------------------------------------------------------------------------------------------------
+
+
+def test_each_client_that_is_given_the_layer_has_a_budget_of_its_own_on_its_terms():
+    layer = retry_budget(0.1, min_per_second=2)
+    one, two = (mux.client("127.0.0.1:1", layer, meshlib.hedge()) for _ in range(2))
+    budgets = [client.env.params[RetryBudget] for client in (one, two)]
+    assert budgets[0] is not budgets[1]
+    assert one.metrics()["retries/budget"] == 20
+    budgets[0].try_withdraw(one.env.clock.now())
+    assert (one.metrics()["retries/budget"], two.metrics()["retries/budget"]) == (19, 20)
+    assert (one.metrics()["retries/under_way"], one.metrics()["retries/waiting"]) == (0, 0)
+    server = mux.serve(print, "127.0.0.1:0", layer, meshlib.retry())
+    assert server.env.params[RetryBudget].share == 0.1
+
+
+def test_the_layer_prints_as_it_is_typed():
+    assert repr(retry_budget()) == "retry_budget(0.2, min_per_second=10, ttl=10, min_concurrency=10)"
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 20)), max_size=40), st.floats(0.05, 1.0))
+def test_requests_told_of_all_at_once_are_as_many_deposits(steps, share):
+    one, many, now = RetryBudget(share, 0), RetryBudget(share, 0), 0.0
+    for requests, quarters in steps:
+        now += quarters / 4
+        one.deposit(now, requests)
+        for _ in range(requests):
+            many.deposit(now)
+        many.balance(now)
+        assert one.balance(now) == many.balance(now)

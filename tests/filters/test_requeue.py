@@ -9,10 +9,11 @@ import meshlib
 from meshlib.core.clock import Clock
 from meshlib.core.context import EMPTY, CallRecord, Context, current, use
 from meshlib.core.env import Env
-from meshlib.filters.budget import RetryBudget
-from meshlib.filters.requeue import FIRST_WAIT, LAST_WAIT, LIMIT, Requeue, budget_of
+from meshlib.core.health import Health, Peers
+from meshlib.filters.budget import RetryBudget, budget_of
+from meshlib.filters.requeue import FIRST_WAIT, LAST_WAIT, LIMIT, Requeue
 from meshlib.telemetry.metrics import Registry
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 
 def refusal(by_peer=True):
@@ -260,3 +261,147 @@ def test_a_client_has_one_budget_and_shows_it():
 
 def test_it_prints_its_terms():
     assert repr(Requeue()) == f"requeue(limit={LIMIT}, budget(20% + 10/s))"
+
+
+# --- a server that asks to be left alone ------------------------------------------------------------------------------
+
+
+def asking(seconds, by_peer=True):
+    error = refusal(by_peer)
+    error.retry_after = seconds
+    return error
+
+
+def codes(bench):
+    return [(decision.kind, decision.code) for decision in bench.record.decisions]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.03, 2.0])
+def test_a_server_that_asks_to_be_left_alone_is_for_exactly_as_long(seconds):
+    bench = Bench(asking(seconds))
+    assert bench.run() == "x done"
+    assert bench.times == [0.0, seconds]
+    assert codes(bench) == [("requeue", "pushback")]
+
+
+def test_one_that_asks_for_longer_than_there_is_ends_the_call_at_once_and_says_so():
+    error = asking(2.0)
+    bench = Bench(error)
+    assert bench.run(Context(deadline=1.0)) is error
+    assert bench.times == [0.0]
+    assert error.verdict == "the deadline would pass first"
+    assert bench.budget.withdrawals == 0
+    assert codes(bench) == [("no_requeue", "deadline")]
+
+
+def test_one_that_asks_never_to_be_asked_again_is_not_and_nobody_above_does():
+    error = asking(-1)
+    bench = Bench(error)
+    assert bench.run() is error
+    assert bench.times == [0.0]
+    assert (error.verdict, error.retryable) == ("the server asked not to be tried again", False)
+    assert codes(bench) == [("no_requeue", "pushback")]
+
+
+def test_others_are_tried_while_one_is_left_alone():
+    bench = Bench(asking(2.0), asking(2.0), asking(0.5))
+    tried = iter("abcd")
+
+    async def serve(request):
+        try:
+            return await Bench.serve(bench, request)
+        except meshlib.Rejected:
+            bench.record.tried += (next(tried),)
+            raise
+
+    async def main():
+        env = Env(rng=random.Random(3), clock=Clock())
+        peers = env.shared(Peers, Peers)
+        for _ in range(3):
+            peers.join(Health())
+        with use(EMPTY.evolve(record=bench.record)):
+            return await Requeue().build(env, serve)("x")
+
+    assert run_virtual(main) == "x done"
+    waits = [b - a for a, b in zip(bench.times, bench.times[1:], strict=False)]
+    assert waits[0] == 0
+    assert waits[1] < 0.1
+    assert waits[2] == pytest.approx(0.5)
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_every_decision_is_told():
+    bench = Bench(refusal(), refusal(by_peer=False), meshlib.ConnectError("refused"))
+    bench.run()
+    assert codes(bench) == [("requeue", "refused"), ("requeue", "unsent"), ("requeue", "unsent")]
+    bench = Bench(*[refusal() for _ in range(3)], budget=Counted(0, 1, 1))
+    bench.run()
+    assert codes(bench) == [("requeue", "refused"), ("no_requeue", "attempts")]
+    bench = Bench(refusal(), budget=Counted(0, 0, 1))
+    bench.run()
+    assert codes(bench) == [("no_requeue", "budget")]
+    assert bench.record.decisions[0].detail == "the retry budget is spent; the retry budget has 0 left"
+
+
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+def burst(n, error, *, seconds=0.1, deadline=None, budget=None):
+    """``n`` calls at once, each refused at first; how they end, when, and how many were under way again at most."""
+
+    async def main():
+        env = Env(clock=Clock(), rng=random.Random(1))
+        env.params[RetryBudget] = budget or RetryBudget()
+        turns = env.params[RetryBudget].turns
+        seen, most, outcomes = set(), 0, []
+
+        async def serve(n):
+            nonlocal most
+            if n not in seen:
+                seen.add(n)
+                await anyio.sleep(0.01)
+                raise error()
+            most = max(most, turns.taken)
+            await anyio.sleep(seconds)
+            return "done"
+
+        service = Requeue().build(env, serve)
+
+        async def one(n):
+            at = None if deadline is None else deadline
+            with use(EMPTY.evolve(record=CallRecord(0.0), deadline=at)):
+                try:
+                    outcomes.append(await service(n))
+                except meshlib.MeshError as failure:
+                    outcomes.append(failure.verdict)
+
+        async with anyio.create_task_group() as group:
+            for i in range(n):
+                group.start_soon(one, i)
+        assert (turns.taken, turns.waiting, turns.calls) == (0, 0, 0)
+        return outcomes, anyio.current_time(), most
+
+    return run_virtual(main)
+
+
+def test_a_burst_of_refused_calls_is_sent_again_a_few_at_a_time_and_none_is_lost():
+    outcomes, took, most = burst(100, refusal)
+    assert outcomes == ["done"] * 100
+    assert most == 20
+    assert 0.4 < took < 0.9
+
+
+def test_what_never_left_this_process_waits_for_no_turn():
+    outcomes, took, most = burst(100, lambda: refusal(by_peer=False))
+    assert (outcomes, most) == (["done"] * 100, 0)
+    assert took < 0.2
+
+
+def test_who_gets_no_turn_within_the_deadline_is_told():
+    outcomes, took, _ = burst(40, refusal, seconds=1.0, deadline=0.5, budget=RetryBudget(0.2, 10, 10, 5))
+    assert outcomes.count("done") == 8
+    late = [verdict for verdict in outcomes if verdict != "done"]
+    assert set(late) == {"no turn within the deadline, with 8 other retries under way"}
+    assert took < 1.1

@@ -8,6 +8,7 @@ import pytest
 import tenacity
 
 import meshlib
+from meshlib.core.backoff import Exponential
 from meshlib.core.classify import ResponseClass
 from meshlib.core.clock import Clock
 from meshlib.core.context import CallRecord, current, deadline, use
@@ -17,7 +18,7 @@ from meshlib.filters.budget import RetryBudget
 from meshlib.filters.retry import FIRST_WAIT, LAST_WAIT, retry
 from meshlib.mux import Request
 from meshlib.telemetry.metrics import Registry
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 SAFE = Request(idempotent=True)
 
@@ -89,7 +90,7 @@ def test_a_call_that_is_not_idempotent_is_made_once():
     bench = Bench(retry(), error)
     assert bench.run(Request()) is error
     assert bench.attempts == [0]
-    assert error.verdict == ""
+    assert error.verdict == "the request is not idempotent"
 
 
 @pytest.mark.parametrize("error", [meshlib.RemoteError("x"), meshlib.InvalidArgument("x"), ValueError("x")], ids=repr)
@@ -432,7 +433,7 @@ async def test_the_calls_of_a_decorated_function_know_that_they_are_retries():
         ({"attempts": 0}, "give the number of tries in all, 1 or more"),
         ({"attempts": 1.5}, "give the number of tries in all"),
         ({"attempts": True}, "give the number of tries in all"),
-        ({"wait": -1}, "give seconds, or a function such as tenacity's waits"),
+        ({"wait": -1}, "give seconds, a backoff, or a function such as tenacity's waits"),
         ({"wait": "1"}, "give seconds"),
         ({"stop": 3}, "give a function such as tenacity's stops"),
         ({"on": "OSError"}, "give exception types, or a function of the error"),
@@ -449,3 +450,231 @@ def test_what_makes_no_sense_is_told_at_construction(wrong, says):
 def test_it_prints_its_terms():
     assert repr(retry()) == "retry(attempts=3, wait=5…200 ms)"
     assert repr(retry(5, on=OSError, wait=0.1)) == "retry(attempts=5, on=<class 'OSError'>, wait=0.1)"
+
+
+# --- a server that asks to be left alone ------------------------------------------------------------------------------
+
+
+def asking(seconds, kind=meshlib.ConnectionLost):
+    error = kind("full")
+    error.retry_after = seconds
+    return error
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 4.0])
+@pytest.mark.parametrize("wait", [None, 1.0, tenacity.wait_fixed(1)], ids=["default", "fixed", "tenacity"])
+def test_a_server_that_says_how_long_to_wait_is_obeyed_to_the_number(seconds, wait):
+    bench = Bench(retry(wait=wait), asking(seconds))
+    assert bench.run() == "done"
+    assert bench.waits == [seconds]
+
+
+def test_after_that_the_waits_begin_anew():
+    bench = Bench(retry(4, wait=Exponential(0.1, 10)), asking(3.0), lost, lost)
+    bench.run()
+    assert bench.waits == [3.0, 0.2, 0.4]
+    bench = Bench(retry(3), asking(3.0), lost)
+    bench.run()
+    assert FIRST_WAIT <= bench.times[2] - bench.times[1] <= 3 * FIRST_WAIT
+
+
+def test_a_wait_that_would_outlast_the_deadline_is_not_begun():
+    error = asking(2.0)
+    bench = Bench(retry(), error)
+    assert bench.run(left=1.0) is error
+    assert bench.times == [0.0]
+    assert error.verdict == "the deadline would pass first (the server asked for 2.000 s)"
+    assert bench.budget.balance(0.0) == 100
+
+
+def test_one_that_asks_never_to_be_asked_again_is_not():
+    error = asking(-0.001)
+    bench = Bench(retry(), error)
+    assert bench.run() is error
+    assert error.verdict == "the server asked not to be tried again"
+    assert codes(bench) == [("no_retry", "pushback")]
+
+
+def test_asking_for_time_makes_no_failure_retryable_that_is_not():
+    error = asking(0.1, meshlib.RemoteError)
+    bench = Bench(retry(), error)
+    assert bench.run() is error
+    assert codes(bench) == [("no_retry", "not_retryable")]
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def codes(bench):
+    return [(decision.kind, decision.code) for decision in bench.record.decisions]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (lost, "lost"),
+        (lambda: meshlib.AttemptTimeout("slow"), "timeout"),
+        (lambda: meshlib.Rejected("full"), "refused"),
+        (lambda: meshlib.RemoteError("broken", retryable=True), "failure"),
+        (lambda: asking(0.0), "pushback"),
+    ],
+)
+def test_a_retry_is_told_with_what_it_is_for(error, code):
+    bench = Bench(retry(wait=0), error)
+    bench.run()
+    assert codes(bench) == [("retry", code)]
+    assert bench.record.decisions[0].detail.startswith("try 2 of 3, 0 ms after ")
+
+
+@pytest.mark.parametrize(
+    ("layer", "script", "more", "code"),
+    [
+        (retry(2), [lost, lost], {}, "attempts"),
+        (retry(), [lost], {"left": 0.001}, "deadline"),
+        (retry(), [lost], {"request": Request()}, "not_idempotent"),
+        (retry(), [lambda: meshlib.RemoteError("x")], {}, "not_retryable"),
+        (retry(), [lambda: meshlib.RemoteError("x")], {"request": Request()}, "not_retryable"),
+        (retry(stop=tenacity.stop_after_attempt(1)), [lost], {}, "stop"),
+    ],
+    ids=["attempts", "deadline", "not idempotent", "not retryable", "neither", "stop"],
+)
+def test_a_retry_that_is_not_made_is_told_with_the_reason(layer, script, more, code):
+    bench = Bench(layer, *script)
+    error = bench.run(**more)
+    assert isinstance(error, meshlib.MeshError)
+    assert codes(bench)[-1] == ("no_retry", code)
+    assert "; the retry budget has 9" in bench.record.decisions[-1].detail or "100 left" in str(
+        bench.record.decisions[-1]
+    )
+
+
+def test_a_spent_budget_and_a_chain_are_told():
+    bench = Bench(retry(), lost, budget=RetryBudget(0, 0))
+    bench.run()
+    assert codes(bench) == [("no_retry", "budget")]
+    bench = Bench(retry(), lost, chained=True)
+    bench.run()
+    assert codes(bench) == [("no_retry", "chain")]
+
+
+def test_without_an_account_a_request_that_is_itself_a_retry_is_not_retried():
+    async def main():
+        tries = []
+
+        @retry(3, on=OSError, wait=0)
+        async def work():
+            tries.append(current().attempt)
+            raise OSError("again")
+
+        with use(current().evolve(attempt=1)), pytest.raises(OSError, match="again") as caught:
+            await work()
+        return tries, caught.value.__notes__
+
+    assert run_virtual(main) == ([1], ["meshlib: not retried: this call serves a retry already"])
+
+
+async def test_the_error_of_a_client_carries_what_was_decided_and_stays_short():
+    async def broken(request):
+        raise ValueError("broken")
+
+    async with (
+        meshlib.mux.serve(broken) as server,
+        meshlib.mux.client(server.address, retry(2, on=meshlib.RemoteError, wait=0)) as client,
+    ):
+        with pytest.raises(meshlib.RemoteError) as caught:
+            await client(SAFE)
+        counts = client.metrics()
+    error = caught.value
+    assert [(d.kind, d.code, d.endpoint) for d in error.decisions] == [
+        ("retry", "failure", server.address),
+        ("no_retry", "attempts", server.address),
+    ]
+    assert "left" in error.decisions[1].detail
+    assert "left" not in str(error)
+    assert str(error).endswith("not retried: 2 attempts were made]")
+    assert (counts["decisions/retry/failure"], counts["decisions/no_retry/attempts"]) == (1, 1)
+
+
+# --- the budget, with no requeues below -------------------------------------------------------------------------------
+
+
+async def test_a_decorated_function_pays_in_for_its_successes():
+    layer = retry(2, on=OSError, wait=0)
+    calls = []
+
+    @layer
+    async def work(fails):
+        calls.append(fails)
+        if fails and len(calls) % 2:
+            raise OSError
+
+    budget = layer._budget
+    for _ in range(50):
+        await work(False)
+    now = layer._env.clock.now()
+    assert budget.balance(now) == 110
+    calls.clear()
+    for _ in range(10):
+        await work(True)
+    assert len(calls) == 20
+    assert budget.balance(now) == 110 + 2 - 10
+    assert (budget.turns.calls, budget.turns.taken) == (0, 0)
+
+
+def test_retries_under_way_are_at_most_the_share_of_the_calls_and_the_rest_waits():
+    async def main():
+        layer = retry(2, on=OSError, wait=0)
+        failed, most = set(), 0
+
+        @layer
+        async def work(n):
+            nonlocal most
+            if n not in failed:
+                failed.add(n)
+                raise OSError
+            most = max(most, layer._budget.turns.taken)
+            await anyio.sleep(1)
+
+        async with anyio.create_task_group() as group:
+            for n in range(100):
+                group.start_soon(work, n)
+        turns = layer._budget.turns
+        assert (turns.calls, turns.taken, turns.waiting) == (0, 0, 0)
+        return most, anyio.current_time()
+
+    most, took = run_virtual(main)
+    assert most == 20
+    assert took == pytest.approx(7, abs=1)
+
+
+@pytest.mark.parametrize("after", [0.05, 0.5, 1.5])
+def test_a_cancelled_retry_gives_its_turn_back(after):
+    async def main():
+        layer = retry(2, on=OSError, wait=0.1)
+
+        @layer
+        async def work(tries):
+            tries.append(1)
+            if len(tries) == 1:
+                raise OSError
+            await anyio.sleep(1)
+
+        turns = layer._budget.turns
+        turns.least, turns.share = 1, 0
+        with anyio.move_on_after(after):
+            async with anyio.create_task_group() as group:
+                for _ in range(3):
+                    group.start_soon(work, [])
+        assert (turns.calls, turns.taken, turns.waiting) == (0, 0, 0)
+
+    run_virtual(main)
+
+
+# --- backoffs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_backoff_says_how_long_to_wait():
+    bench = Bench(retry(5, wait=Exponential(0.1, 0.35)), lost, lost, lost, lost)
+    assert bench.run() == "done"
+    assert bench.waits == [0.1, 0.2, 0.35, 0.35]
+    assert "wait=Exponential(first=0.1, last=0.35)" in repr(bench.layer)

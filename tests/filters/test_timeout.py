@@ -19,7 +19,7 @@ from meshlib.core.stack import Stack
 from meshlib.filters.timeout import AttemptLimit, ServerDeadline, TotalTimeout, timeout
 from meshlib.mux.client import MuxConnector
 from meshlib.telemetry.metrics import Registry
-from tests.memory import duplex, run_virtual
+from meshlib.testing import duplex, run_virtual
 
 
 async def sleeper(seconds):

@@ -23,7 +23,7 @@ from meshlib.mux.server import MuxAcceptor
 from meshlib.mux.server_session import ServerSession
 from meshlib.server import Server
 from meshlib.telemetry.metrics import Registry
-from tests.memory import MemoryStream, duplex
+from meshlib.testing import MemoryStream, duplex
 
 PROBE = bytes.fromhex("0000000f7f000001") + b"tinit check"
 HUGE = Limits(max_frame=2**31 - 1)

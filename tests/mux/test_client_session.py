@@ -44,7 +44,7 @@ from meshlib.mux.messages import (
 )
 from meshlib.mux.tags import TagPool
 from meshlib.telemetry.metrics import Registry
-from tests.memory import duplex, run_virtual
+from meshlib.testing import duplex, run_virtual
 
 from .peer import PROBE, Call, RawPeer, client_rig, settle
 

@@ -10,7 +10,7 @@ from meshlib.mux.codec import Limits, MuxError, decode, encode
 from meshlib.mux.connection import HIGH_WATER, READ_SIZE, Connection
 from meshlib.mux.messages import Rdispatch, ReplyStatus, Rerr, Tdispatch, Tping
 from meshlib.telemetry.metrics import Registry
-from tests.memory import MemoryStream, duplex
+from meshlib.testing import MemoryStream, duplex
 
 from .peer import RawPeer, settle
 

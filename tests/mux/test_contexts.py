@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from meshlib.core.clock import Clock
 from meshlib.core.context import Context, TraceId
+from meshlib.core.priority import Priority
 from meshlib.mux.codec import decode, encode_tdispatch
 from meshlib.mux.contexts import ContextReader, encode_context
 from meshlib.mux.messages import Contexts, Dtab
@@ -21,7 +22,8 @@ DEADLINE = b"com.twitter.finagle.Deadline"
 TRACE = b"com.twitter.finagle.tracing.TraceContext"
 RETRIES = b"com.twitter.finagle.Retries"
 CLIENT_ID = b"com.twitter.finagle.thrift.ClientIdContext"
-KNOWN = {DEADLINE, TRACE, RETRIES, CLIENT_ID, b"traceparent", b"tracestate", b"baggage"}
+PRIORITY = b"meshlib.Priority"
+KNOWN = {DEADLINE, TRACE, RETRIES, CLIENT_ID, b"traceparent", b"tracestate", b"baggage", PRIORITY}
 FOLDED = {key.lower() for key in KNOWN}
 
 EPOCH = 1_700_000_000 * 10**9
@@ -67,6 +69,7 @@ contexts = st.builds(
     client_id=texts,
     baggage=texts,
     opaque=st.lists(st.tuples(blobs.filter(lambda key: key.lower() not in FOLDED), blobs), max_size=4).map(tuple),
+    priority=st.sampled_from(Priority),
 )
 
 
@@ -162,6 +165,29 @@ def test_a_span_that_is_its_own_parent_is_a_root() -> None:
 
 def test_ids_are_compared_without_regard_to_case() -> None:
     assert read((RETRIES.upper(), b"\0\0\0\x02"), (b"TraceParent", b"x")).attempt == 2
+
+
+@pytest.mark.parametrize(("priority", "word"), [(Priority.CRITICAL, b"critical"), (Priority.SHEDDABLE, b"sheddable")])
+def test_a_priority_is_a_word_and_the_default_one_is_not_sent(priority: Priority, word: bytes) -> None:
+    assert sent(Context(priority=priority)) == ((PRIORITY, word),)
+    assert sent(Context(priority=Priority.DEFAULT)) == ()
+    assert read((PRIORITY, word)).priority is priority
+    assert read((PRIORITY, b"default")).priority is Priority.DEFAULT
+
+
+@pytest.mark.parametrize("word", [b"", b"CRITICAL", b"critical ", b"2", b"urgent", b"\xff", "krítical".encode()])
+def test_a_priority_that_is_not_known_here_is_the_default_one_and_no_error(word: bytes) -> None:
+    undecodable = Counter()
+    context = ContextReader(clock(), undecodable=undecodable).read(((PRIORITY, word), (CLIENT_ID, b"shop")))
+    assert context == Context(client_id="shop")
+    assert undecodable.value == 0
+
+
+@given(st.binary(max_size=12) | st.sampled_from([b"critical", b"default", b"sheddable"]), st.booleans())
+def test_whatever_is_said_of_the_priority_it_is_one_and_a_stranger_has_none(word: bytes, trust: bool) -> None:
+    names = {priority.name.lower().encode(): priority for priority in Priority}
+    context = read((PRIORITY, word), trust=trust)
+    assert context == Context(priority=names.get(word, Priority.DEFAULT) if trust else Priority.DEFAULT)
 
 
 # --- deadlines on hosts whose clocks disagree -------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from meshlib.mux.server import MuxAcceptor
 from meshlib.mux.server_session import ServerSession
 from meshlib.server import Server
 from meshlib.telemetry.metrics import Registry
-from tests.memory import duplex, run_virtual
+from meshlib.testing import duplex, run_virtual
 
 from .peer import Call, RawPeer, echo, server_rig, settle
 from .test_server_session import Gate

@@ -18,7 +18,7 @@ from meshlib.core.errors import (
     UnknownMethod,
     UnknownService,
 )
-from meshlib.mux.failure import from_wire, to_wire
+from meshlib.mux.failure import LONGEST_WAIT, from_wire, read_retry_after, to_wire
 from meshlib.mux.messages import ReplyStatus
 
 from .strategies import pairs
@@ -132,6 +132,53 @@ def test_contexts_of_a_failure_are_kept_for_the_caller() -> None:
 )
 def test_a_kind_that_makes_no_sense_is_no_kind(case: tuple[str, bytes]) -> None:
     assert type(from_wire(ReplyStatus.ERROR, ((b"meshlib.error", case[1]),), b"x")) is RemoteError
+
+
+# --- for how long to leave it alone -----------------------------------------------------------------------------------
+
+
+def pushing_back(error: MeshError, seconds: float | None) -> MeshError:
+    error.retry_after = seconds
+    return error
+
+
+@pytest.mark.parametrize("error", [Rejected("full"), Rejected("full", retryable=False), RemoteError("x")], ids=repr)
+@pytest.mark.parametrize(
+    ("seconds", "arrives"),
+    [(-0.5, -1.0), (None, None), (0.0, 0.0), (0.0001, 0.001), (1.5, 1.5), (1e9, 3600.0), (float("inf"), 3600.0)],
+)
+def test_how_long_a_server_wants_to_be_left_alone_travels(
+    error: MeshError, seconds: float | None, arrives: float | None
+) -> None:
+    reply = to_wire(pushing_back(error, seconds))
+    assert from_wire(*reply).retry_after == arrives
+    assert (b"meshlib.RetryAfter" in dict(reply[1])) is (seconds is not None)
+
+
+def test_it_is_milliseconds_in_digits_beside_what_finagle_reads() -> None:
+    status, contexts, _ = to_wire(pushing_back(Rejected("full"), 0.25))
+    assert status is ReplyStatus.NACK
+    assert contexts == (flags(RETRYABLE | REJECTED), (b"meshlib.RetryAfter", b"250"))
+
+
+def test_what_is_no_time_is_not_sent() -> None:
+    assert from_wire(*to_wire(pushing_back(Rejected("full"), float("nan")))).retry_after is None
+
+
+@pytest.mark.parametrize("value", [b"", b"-", b"-2", b"1.5", b" 5", b"5 ", b"0x10", b"1e3", "٣".encode(), b"9" * 17])
+def test_what_is_no_number_of_milliseconds_says_nothing(value: bytes) -> None:
+    error = from_wire(ReplyStatus.NACK, ((b"meshlib.RetryAfter", value),), b"full")
+    assert isinstance(error, Rejected)
+    assert error.retry_after is None
+
+
+@given(st.binary(max_size=40) | st.integers(0, 10**20).map(lambda n: b"%d" % n))
+def test_whatever_is_said_is_a_bounded_time_or_none(value: bytes) -> None:
+    seconds = read_retry_after(value)
+    assert seconds is None or 0 <= seconds <= LONGEST_WAIT or value == b"-1"
+    assert (seconds is not None) == (
+        value == b"-1" or (0 < len(value) <= 16 and all(c in b"0123456789" for c in value))
+    )
 
 
 # --- both -------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from meshlib.mux.messages import (
     Treq,
 )
 from meshlib.telemetry.metrics import Counter
-from tests.memory import MemoryStream, duplex
+from meshlib.testing import MemoryStream, duplex
 
 from .peer import PROBE, RawPeer, echo, server_rig, settle
 

@@ -20,7 +20,7 @@ from meshlib.mux.client_session import ClientSession
 from meshlib.mux.codec import encode
 from meshlib.mux.messages import Rdiscarded, Rdispatch, ReplyStatus, Rerr, Rping, Tdiscarded, Tdispatch, Tping
 from meshlib.telemetry.metrics import Registry
-from tests.memory import duplex
+from meshlib.testing import duplex
 
 from .peer import Call, RawPeer, ServerRig, server_rig, settle
 from .test_server_session import Gate

@@ -39,7 +39,7 @@ from meshlib.mux.messages import (
     Unknown,
 )
 from meshlib.telemetry.metrics import Counter as Count
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 from .peer import PROBE, RawPeer, client_rig, server_rig, settle
 from .test_contexts import clock

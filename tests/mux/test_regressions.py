@@ -36,8 +36,8 @@ from meshlib.mux.messages import (
 )
 from meshlib.names.addr import Address
 from meshlib.server import Server
-from tests.balance.fakes import make_env
-from tests.memory import duplex, run_virtual
+from meshlib.testing import duplex, run_virtual
+from tests.balancing.fakes import make_env
 
 from .peer import PROBE, Call, RawPeer, client_rig, echo, server_rig, settle
 

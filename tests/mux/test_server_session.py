@@ -31,7 +31,7 @@ from meshlib.mux.messages import (
     Unknown,
 )
 from meshlib.mux.server_session import FIRST_WORD, ServerSession
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 from .peer import PROBE, echo, server_rig, settle
 

@@ -14,7 +14,7 @@ from meshlib.names import file
 from meshlib.names.addr import Address, Bound, Failed
 from meshlib.names.file import FileResolver, parse_endpoints
 from meshlib.names.target import Target
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 

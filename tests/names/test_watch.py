@@ -21,7 +21,7 @@ from meshlib.names.resolver import RESTART_FIRST, RESTART_LAST, Resolver, Watch,
 from meshlib.names.static import StaticResolver, UnixResolver
 from meshlib.names.target import Target
 from meshlib.telemetry.metrics import Registry
-from tests.memory import run_virtual
+from meshlib.testing import run_virtual
 
 TARGET = Target.parse("zk://z:2181/shops")
 

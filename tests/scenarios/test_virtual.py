@@ -7,32 +7,10 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio.abc import ByteStream
 
 import meshlib
 from meshlib import mux
-from meshlib.client import Client
-from meshlib.mux.client import MuxConnector
-from meshlib.names.addr import Address
-from meshlib.server import Server
-from tests.memory import duplex, run_virtual
-
-
-class Network(MuxConnector):
-    """Connects to servers in this process by their address."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.servers: dict[str, Server] = {}
-
-    async def open(self, address: Address) -> ByteStream:
-        await anyio.sleep(0.001)
-        server = self.servers.get(str(address))
-        if server is None:
-            raise ConnectionRefusedError(111, "Connection refused")
-        ours, theirs = duplex()
-        server.env.supervisor.start(server.serve_stream, theirs)
-        return ours
+from meshlib.testing import Network, run_virtual
 
 
 async def five_minutes(seed: int) -> dict[str, float]:
@@ -46,8 +24,8 @@ async def five_minutes(seed: int) -> dict[str, float]:
         return mux.Response(request.body)
 
     for address in addresses:
-        network.servers[address] = mux.serve(work, address, seed=seed)
-    client: Client[mux.Request, mux.Response] = Client(",".join(addresses), network, seed=seed)
+        network.listen(mux.serve(work, address, seed=seed))
+    client = network.client(",".join(addresses), seed=seed)
     failures: list[str] = []
 
     async def call() -> None:
@@ -66,10 +44,11 @@ async def five_minutes(seed: int) -> dict[str, float]:
         for _ in range(14):
             await anyio.sleep(20)
             address = rng.choice(addresses)
-            server = network.servers.pop(address)
+            server = network.leave(address)
+            assert server is not None
             await server.aclose(grace=5 if rng.random() < 0.5 else 0)
             await anyio.sleep(rng.uniform(0.1, 5))
-            network.servers[address] = mux.serve(work, address, seed=seed)
+            network.listen(mux.serve(work, address, seed=seed))
     for server in network.servers.values():
         await server.aclose()
     assert failures == []
@@ -106,10 +85,10 @@ async def a_deadline_crosses_two_hops() -> None:
         await anyio.sleep(0.1)
         return await inner(mux.Request(dest="/slow"))
 
-    network.servers["10.0.0.1:80"] = mux.serve(middle, "10.0.0.1:80")
-    network.servers["10.0.0.2:80"] = mux.serve(slow, "10.0.0.2:80")
-    inner: Client[mux.Request, mux.Response] = Client("10.0.0.2:80", network)
-    async with Client("10.0.0.1:80", network) as outer, inner:
+    network.listen(mux.serve(middle, "10.0.0.1:80"))
+    network.listen(mux.serve(slow, "10.0.0.2:80"))
+    inner = network.client("10.0.0.2:80")
+    async with network.client("10.0.0.1:80") as outer, inner:
         started = anyio.current_time()
         late = pytest.raises(meshlib.DeadlineExceeded, match=r"inherited deadline passed, 1\.000 s after the call")
         with meshlib.deadline(1.0), late:
@@ -143,10 +122,10 @@ async def a_trace_and_a_dtab_cross_two_hops() -> None:
         seen.append(meshlib.current())
         return await inner(mux.Request())
 
-    network.servers["10.0.0.1:80"] = mux.serve(middle, "10.0.0.1:80")
-    network.servers["10.0.0.2:80"] = mux.serve(leaf, "10.0.0.2:80", trust_context=False)
-    inner: Client[mux.Request, mux.Response] = Client("10.0.0.2:80", network)
-    async with Client("10.0.0.1:80", network) as outer, inner:
+    network.listen(mux.serve(middle, "10.0.0.1:80"))
+    network.listen(mux.serve(leaf, "10.0.0.2:80", trust_context=False))
+    inner = network.client("10.0.0.2:80")
+    async with network.client("10.0.0.1:80") as outer, inner:
         mine = meshlib.current().evolve(
             dtab=(("/s/users", "/s/canary"),), client_id="web", baggage="k=v", opaque=((b"custom", b"\0\xff"),)
         )

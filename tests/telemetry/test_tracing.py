@@ -244,7 +244,7 @@ async def test_one_span_covers_every_try_and_has_an_event_for_each_that_failed(r
     span = recorder.one(SpanKind.CLIENT)
     assert trace.span == span.context.span_id
     assert span.status.status_code is not StatusCode.ERROR
-    assert [(event.name, dict(event.attributes)) for event in span.events] == [
+    assert [(event.name, dict(event.attributes)) for event in span.events if event.name == "attempt"] == [
         ("attempt", {"endpoint": "h:1", "outcome": "ConnectError: refused"}),
         ("attempt", {"endpoint": "h:2", "outcome": "ConnectError: refused"}),
     ]
@@ -257,7 +257,8 @@ async def test_the_tries_of_a_call_that_failed_are_on_its_span_too(recorder):
     async with mux.serve(handler) as server, mux.client(server.address) as caller:
         with pytest.raises(meshlib.RemoteError):
             await caller(mux.Request())
-    (event,) = recorder.one(SpanKind.CLIENT).events
+    event, told = recorder.one(SpanKind.CLIENT).events
+    assert (event.name, told.name) == ("attempt", "decision")
     assert event.attributes["endpoint"] == server.address
     assert event.attributes["outcome"].startswith("RemoteError: internal error")
 
@@ -383,6 +384,69 @@ async def test_without_a_listener_a_server_leaves_the_trace_as_it_came(silence):
     trace = TraceId(7, 8, 6, True)
     with use(Context(trace=trace)):
         assert await ServerTracing().build(env(), inner)(mux.Request()) is trace
+
+
+async def test_decisions_are_events_of_the_clients_span_at_their_time(recorder):
+    async def broken(request):
+        raise ValueError("broken")
+
+    async with (
+        mux.serve(broken) as server,
+        mux.client(server.address, meshlib.retry(2, on=meshlib.RemoteError, wait=0.05)) as client,
+    ):
+        with pytest.raises(meshlib.RemoteError):
+            await client(mux.Request(idempotent=True))
+    span = recorder.one(SpanKind.CLIENT)
+    told = [event for event in span.events if event.name == "decision"]
+    assert [(event.attributes["kind"], event.attributes["code"]) for event in told] == [
+        ("retry", "failure"),
+        ("no_retry", "attempts"),
+    ]
+    assert [event.attributes["endpoint"] for event in told] == [server.address] * 2
+    assert told[0].attributes["detail"].startswith("try 2 of 2, 50 ms after RemoteError")
+    assert span.start_time <= told[0].timestamp <= told[1].timestamp <= span.end_time + 1_000_000
+
+
+async def test_what_the_layers_of_a_server_decide_is_in_its_span_and_not_in_its_handlers_calls(recorder):
+    surroundings = env()
+
+    async def refuse(request):
+        surroundings.events.note("shed", "full", "10 of 10 under way")
+        raise meshlib.Rejected("full")
+
+    service = ServerTracing().build(surroundings, refuse)
+    with pytest.raises(meshlib.Rejected):
+        await service(mux.Request())
+    (event,) = recorder.one(SpanKind.SERVER).events
+    assert dict(event.attributes) == {"kind": "shed", "code": "full", "detail": "10 of 10 under way"}
+
+    records = []
+
+    async def record(request):
+        records.append(current().record)
+
+    async def handler(request):
+        records.append(current().record)
+        return await Source().build(env(), record)(request)
+
+    await ServerTracing().build(env(), handler)(mux.Request())
+    assert records[0] is not records[1]
+
+
+async def test_a_span_that_is_not_recorded_is_told_nothing(recorder, monkeypatch):
+    def told(*args, **kwargs):
+        raise AssertionError("told")
+
+    surroundings = env()
+
+    async def decide(request):
+        surroundings.events.note("shed", "full")
+
+    monkeypatch.setattr(otel.NonRecordingSpan, "add_event", told)
+    with use(Context(trace=TraceId(7 << 64, 9, sampled=False))):
+        for layer in (ClientTracing, ServerTracing):
+            await layer().build(surroundings, decide)(mux.Request())
+    assert recorder.spans == ()
 
 
 def test_it_prints():

@@ -1,28 +1,31 @@
-"""One session per endpoint, shared by all requests, and made again whenever it ends.
+"""One session per endpoint, shared by all requests, and made again when it ends.
 
 =============  ==========================================  ======================================================
 state          entered when                                a request that comes now
 =============  ==========================================  ======================================================
-IDLE           nothing has been asked yet                  starts a connect and waits for it
+IDLE           nothing has been asked yet, or the session  starts a connect and waits for it
+               ended
 CONNECTING     a connect is under way                      waits for it with the others
 READY          there is a session                          uses it
 BACKING_OFF    a connect failed                            fails at once, as never processed, so it goes elsewhere
 CLOSED         the endpoint is gone                        fails likewise
 =============  ==========================================  ======================================================
 
-The first connect is lazy. After that the pool reconnects by itself, in the background, as soon as a session ends: the
-balancer is told that the endpoint is busy until it is back, so no request has to find out. Waits between tries double
-from 0.1 s to 10 s, each jittered by half so that the clients of a restarted server do not return as one.
+The first connect is lazy. With the layer `failfast`, which every client has unless told otherwise, the pool reconnects
+by itself from then on: in the background, after the waits that the layer draws, as soon as a connect fails or a session
+ends. The balancer is told that the endpoint is busy until it is back, so no request has to find out. Without the layer
+nothing is tried but on demand: a session that ended is made again for the next request, and a failed connect fails
+those who waited for it and nobody else.
 
 Connecting belongs to the pool, not to the request that happened to ask first: cancelling that request leaves the
-others theirs, and runs in an empty context. Finagle: SingletonPool.scala, FailFastFactory.scala.
+others theirs, and runs in an empty context. Finagle: SingletonPool.scala.
 """
 
 from __future__ import annotations
 
 import functools
 from enum import Enum, auto
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import anyio
 
@@ -30,13 +33,12 @@ from ..core.context import VAR
 from ..core.deadlines import wait_by
 from ..core.env import Env
 from ..core.errors import ConnectError, MeshError, ServiceClosed
+from ..core.health import Peers
 from ..core.service import ServiceFactory, Session, Status
 from ..core.supervisor import Job
+from .failfast import Failfast, Waits
 
 __all__ = ["Pool", "SingletonPool"]
-
-FIRST_WAIT: Final = 0.1
-LAST_WAIT: Final = 10.0
 
 
 class Pool:
@@ -52,7 +54,7 @@ class Pool:
         return pool.to_service()
 
     def __repr__(self) -> str:
-        return f"pool(sessions=1, backoff={FIRST_WAIT:g}…{LAST_WAIT:g} s)"
+        return "pool(sessions=1)"
 
 
 class _State(Enum):
@@ -80,8 +82,13 @@ class SingletonPool(ServiceFactory[Any, Any]):
         self._job: Job | None = None
         self._settled: anyio.Event | None = None
         self._error: MeshError | None = None
+        self._since = 0.0
+        self._peers = env.shared(Peers, Peers)
+        self._pause: anyio.CancelScope | None = None
         metrics = env.metrics.scope("pool")
         self._connects, self._failures = metrics.counter("connects"), metrics.counter("connects/fail")
+        metrics = env.metrics.scope("failfast")
+        self._removals, self._returns = metrics.counter("marked_dead"), metrics.counter("marked_available")
 
     @property
     def status(self) -> Status:
@@ -126,41 +133,89 @@ class SingletonPool(ServiceFactory[Any, Any]):
         text = error.message if error is not None else "the session ended"
         raise ConnectError(text, endpoint=str(self._env.address)) from error
 
+    @functools.cached_property
+    def _waits(self) -> Waits | None:
+        """What failfast says; the layer stands above this one and is built after it, hence not asked at first."""
+        policy = self._env.params.get(Failfast)
+        return None if policy is None else Waits(policy, self._env.rng)
+
     def _connect(self) -> None:
         self._state = _State.CONNECTING
-        self._job = self._env.supervisor.start(self._connect_until_there, name=f"connect {self._env.address}")
+        if self._pause is not None:
+            self._pause.cancel()
+        else:
+            self._start(0.0)
 
-    async def _connect_until_there(self) -> None:
-        wait = FIRST_WAIT
+    def _start(self, wait: float) -> None:
+        self._pause_for(wait)
+        self._job = self._env.supervisor.start(self._keep, name=f"connect {self._env.address}")
+
+    def _pause_for(self, wait: float) -> None:
+        # A scope, so that others can end the wait at once or earlier, even before the job has come to it.
+        self._pause = anyio.CancelScope(deadline=anyio.current_time() + wait) if wait else None
+
+    async def _keep(self) -> None:
+        """Wait, and connect, until there is a session; without failfast, once."""
         while True:
-            try:
-                session: Any = await self._factory.acquire()
-            except Exception as cause:
-                if self._state is _State.CLOSED:
-                    return
-                error = cause if isinstance(cause, MeshError) else ConnectError(f"connect failed: {cause!r}")
-                if error is not cause:
-                    error.__cause__ = cause
-                self._failures.value += 1
-                self._error = error
-                pause = wait * self._env.rng.uniform(0.5, 1.0)
-                self._env.health.mark("connect", Status.BUSY, f"{error.message}; next try within {pause:.1f} s")
-                self._settle(_State.BACKING_OFF)
-                await anyio.sleep(pause)
-                wait = min(wait * 2, LAST_WAIT)
-                self._state = _State.CONNECTING
-            else:
-                if self._state is _State.CLOSED:  # in that very moment, too late for the cancellation
-                    session.retire()
-                    return
-                self._connects.value += 1
-                self._error = None
-                self._session = session
-                session.on_leave = functools.partial(self._left, session)
-                session.on_lease = functools.partial(self._leased, session)
-                self._settle(_State.READY)
-                self._env.health.mark("connect", Status.OPEN)
+            if self._pause is not None:
+                with self._pause:
+                    await anyio.sleep_forever()
+                self._pause = None
+            if self._state is _State.CLOSED:  # in that very moment, too late for the cancellation
                 return
+            self._state = _State.CONNECTING
+            wait = await self._try()
+            if wait is None:
+                return
+            self._pause_for(wait)
+
+    async def _try(self) -> float | None:
+        """Connect once; seconds until the next time, or ``None`` if there is no need of one."""
+        try:
+            session: Any = await self._factory.acquire()
+        except Exception as cause:
+            if self._state is _State.CLOSED:
+                return None
+            error = cause if isinstance(cause, MeshError) else ConnectError(f"connect failed: {cause!r}")
+            if error is not cause:
+                error.__cause__ = cause
+            self._failures.value += 1
+            known, self._error = self._error, error
+            return self._failed(error, known is None)
+        if self._state is _State.CLOSED:  # in that very moment, too late for the cancellation
+            session.retire()
+            return None
+        self._connects.value += 1
+        if self._error is not None and self._waits is not None:
+            self._returns.value += 1
+            self._env.events.note("revive", "connect", endpoint=self._env.address, call=False)
+        self._error = None
+        self._session = session
+        self._since = self._env.clock.now()
+        session.on_leave = functools.partial(self._left, session)
+        session.on_lease = functools.partial(self._leased, session)
+        self._settle(_State.READY)
+        self._peers.up(self._env.health)
+        self._env.health.mark("connect", Status.OPEN)
+        return None
+
+    def _failed(self, error: MeshError, first: bool) -> float | None:
+        if self._waits is None:
+            self._settle(_State.IDLE)
+            return None
+        env = self._env
+        self._peers.down(env.health, self._hurry)
+        wait = self._waits.after_failure(self._peers.all_down)
+        if first:
+            self._removals.value += 1
+            env.events.note("eject", "connect", error.message, endpoint=env.address, call=False)
+        env.health.mark("connect", Status.BUSY, f"{error.message}; next try within {wait:.1f} s")
+        self._settle(_State.BACKING_OFF)
+        return wait
+
+    def _hurry(self) -> None:
+        if self._pause is not None and self._waits is not None:
+            self._pause.deadline = min(self._pause.deadline, anyio.current_time() + self._waits.hurried())
 
     def _settle(self, state: _State) -> None:
         self._state = state
@@ -175,8 +230,13 @@ class SingletonPool(ServiceFactory[Any, Any]):
         if self._env.supervisor.closed:
             return
         self._env.health.mark("lease", Status.OPEN)
-        self._env.health.mark("connect", Status.BUSY, "the session ended; reconnecting")
-        self._connect()
+        self._state = _State.IDLE
+        if self._waits is None:
+            return
+        self._peers.down(self._env.health, self._hurry)
+        wait = self._waits.after_loss(self._env.clock.now() - self._since, self._peers.all_down)
+        self._env.health.mark("connect", Status.BUSY, f"the session ended; reconnecting within {wait:.1f} s")
+        self._start(wait)
 
     def _leased(self, session: Any, valid: bool) -> None:
         if self._session is session:
