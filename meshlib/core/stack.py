@@ -174,6 +174,10 @@ class _At:
         self.place = place
         self.layer = layer
 
+    @property
+    def keeps_deadline(self) -> bool:
+        return bool(getattr(self.layer, "keeps_deadline", False))
+
     def build(self, env: Env, below: Any) -> Any:
         return self.layer.build(env, below)
 

@@ -156,7 +156,7 @@ def retry_budget(
     """How many tries a client may make beyond the first: requeues that cost a server something, retries, and hedges.
 
     Args:
-        share: Extra tries for each call that succeeded within ``ttl``, and for each call under way.
+        share: Extra tries for each call that succeeded within ``ttl``, and for each first try under way.
         min_per_second: Extra tries a second that are affordable whatever the traffic.
         ttl: The window, in seconds: 1 to 60.
         min_concurrency: Extra tries that may be under way at once whatever the traffic, 1 or more.

@@ -25,6 +25,7 @@ from ..core.errors import MeshError
 from ..core.health import Peers
 from ..core.service import Filter, Service
 from .budget import budget_of
+from .turns import patience
 
 __all__ = ["Requeue"]
 
@@ -128,11 +129,10 @@ class Requeue(Filter[Any, Any, Any, Any]):
         raise self._given_up(error, "attempts")
 
     async def _turn(self, deadline: float | None) -> bool:
-        """Wait for a turn; ``False`` if the deadline passes first."""
+        """Wait for a turn; ``False`` if the deadline is too near by then."""
         if self._turns.try_take():
             return True
-        left = math.inf if deadline is None else max(0.0, deadline - self._clock.now())
-        with anyio.CancelScope(deadline=anyio.current_time() + left):
+        with anyio.CancelScope(deadline=anyio.current_time() + patience(deadline, self._clock.now())):
             await self._turns.take()
             return True
         return False

@@ -25,6 +25,7 @@ from ..core.env import Env
 from ..core.errors import ConfigurationError, ConnectError, ConnectionLost, DeadlineExceeded, MeshError, Rejected
 from ..core.service import Filter, Service
 from .budget import budget_of
+from .turns import patience
 
 __all__ = ["Retry", "retry"]
 
@@ -142,7 +143,7 @@ class Retry(Filter[Any, Any, Any, Any]):
         raise error
 
     async def _turn(self, pause: float, deadline: float | None) -> bool:
-        """Wait ``pause`` seconds, and then for a turn; ``False`` if the deadline passes first."""
+        """Wait ``pause`` seconds, and then for a turn; ``False`` if the deadline is too near by then."""
         turns = self._budget.turns
         waiting = 0 if self._feeds else 1  # the requeues below count a call only while it is with them
         turns.calls += waiting
@@ -151,8 +152,7 @@ class Retry(Filter[Any, Any, Any, Any]):
                 await anyio.sleep(pause)
             if turns.try_take():
                 return True
-            left = float("inf") if deadline is None else max(0.0, deadline - self._env.clock.now())
-            with anyio.CancelScope(deadline=anyio.current_time() + left):
+            with anyio.CancelScope(deadline=anyio.current_time() + patience(deadline, self._env.clock.now())):
                 await turns.take()
                 return True
         finally:

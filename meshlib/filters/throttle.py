@@ -12,15 +12,17 @@ Only the first try of a call is held back and counted as refused. Those that fol
 which bounds them, and one that is let in takes the refusal back: the call was served.
 
 Three things differ from the book. The probability is capped, so that enough goes through to notice the end of an
-overload (Finagle, NackAdmissionFilter: 0.75). A run of 20 accepts ends the throttling at once, which takes 20 requests
-and not a whole window: were half of all refused, as K = 2 tolerates, it would happen once in a million times. And each
-priority has an account of its own, since servers refuse sheddable requests long before critical ones.
+overload (Finagle, NackAdmissionFilter: 0.75). A run of accepts ends the throttling at once, and not after a window: as
+long a run as would happen once in a million times if servers still let in what they did, so 20 where that was half, as
+K = 2 tolerates, and 5 where it was next to nothing. And each priority has an account of its own, since servers refuse
+sheddable requests long before critical ones.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
+from math import log
 from typing import Any, ClassVar, Final
 
 from ..core.context import VAR, CallRecord
@@ -32,8 +34,9 @@ from ..core.service import Call, Filter, Service
 __all__ = ["Throttle", "ThrottleFilter", "throttle"]
 
 SLICES: Final = 10
-RUN: Final = 20
-"""Accepts in a row that show that servers refuse no more."""
+SHORTEST_RUN: Final = 5
+CHANCE: Final = -log(1e-6)
+"""A run of accepts shows that servers refuse no more when it was that unlikely to come by chance."""
 FEW: Final = 5
 """Requests in a second, below which nothing is refused here (Finagle, NackAdmissionFilter: 5 rps)."""
 
@@ -129,8 +132,16 @@ class Throttle:
         self._sum += 1
         if self.refusals is not None:
             self._run += 1
-            if self._run >= RUN:
+            if self._run >= SHORTEST_RUN and self._run >= self._convincing():
                 self.refusals = None
+
+    def _convincing(self) -> float:
+        """How many accepts in a row are no chance, by what servers did in the window before them."""
+        before = max(0, self._sum - self._run)
+        requests = before + sum(self.refusals or ())
+        # Of the requests, refused here or there, no less than 1 - cap were sent; of those sent K = 2 lets half in.
+        share = min(0.5, before / max(1, requests) / (1 - self.cap))
+        return CHANCE / -log(share) if share > 0 else 0.0
 
     def refused(self, now: float) -> None:
         """A server refused a request."""

@@ -1,33 +1,41 @@
-"""How many retries and hedges are under way at once: a fifth of the calls under way, or ten.
+"""How many retries and hedges are under way at once: a fifth of the first tries under way, or ten.
 
 A budget of tokens bounds how many extra tries are begun; it says nothing of how long they take. When latency explodes,
 a second's worth of affordable retries stays for a minute and takes what room the servers have left. So both forms must
 allow an extra try: tokens, and a turn. The share is Envoy's (retry_budget: 20 %, at least 3 at once).
 
-Two things differ from Envoy. A retry that finds no turn waits for one, in order, within its deadline, instead of
-failing: a server that dies takes all its calls with it at once, a third of all where there are three, and these must
-not be lost because they failed together. Tokens are taken first, so no more can wait than are affordable. A hedge never
-waits. And the least is 10, as the tokens' is 10 a second, so that a small client's calls come back in a round or two.
+Three things differ from Envoy. A retry that finds no turn waits for one, in order, instead of failing: a server that
+dies takes all its calls with it at once, a third of all where there are three, and these must not be lost because they
+failed together. Tokens are taken first, so no more can wait than are affordable; and it waits at most half of what is
+left until its deadline (`patience`), since a try that is begun in the last moment only makes load. A hedge never waits.
+Second, only calls on their first try count: if those that wait counted as well, a long line would allow itself more.
+And the least is 10, as the tokens' is 10 a second, so that a small client's calls come back in a round or two.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 
 import anyio
 
-__all__ = ["Turns"]
+__all__ = ["Turns", "patience"]
+
+
+def patience(deadline: float | None, now: float) -> float:
+    """Seconds that an extra try may wait for its turn: it keeps as long for itself as it waits at most."""
+    return inf if deadline is None else max(0.0, deadline - now) / 2
 
 
 class Turns:
     """Counts, and whoever waits for them to fall.
 
     Args:
-        share: Extra tries under way for each call under way.
+        share: Extra tries under way for each call that is on its first try.
         least: How many may be under way whatever the traffic, 1 or more.
 
     Attributes:
-        calls: Calls under way, with those that wait to be tried again.
+        calls: Tries under way, extra ones included, and calls that wait to be tried again.
         taken: Extra tries under way.
     """
 
@@ -42,7 +50,7 @@ class Turns:
     @property
     def free(self) -> bool:
         """May one more extra try be under way?"""
-        return self.taken < self.least or self.taken < self.share * self.calls
+        return self.taken < self.least or self.taken < self.share * (self.calls - self.taken - len(self._waiting))
 
     @property
     def waiting(self) -> int:

@@ -92,6 +92,13 @@ async def test_a_layer_can_be_inserted_above_a_place(stack):
     ]  # fmt: skip
 
 
+def test_a_layer_at_another_place_keeps_what_it_says_of_deadlines(stack):
+    heedful, heedless = meshlib.concurrency_limit(5), Step("top")
+    for layer, keeps in ((heedful, True), (heedless, False)):
+        (inserted,) = set(stack.insert_before("middle", layer)) - set(stack)
+        assert getattr(inserted, "keeps_deadline", False) is keeps
+
+
 async def test_a_layer_can_be_inserted_below_a_place(stack):
     changed = stack.insert_after("middle", Step("top", "new"))
     assert await path_of(changed) == ["top", "middle", "new", "bottom"]

@@ -389,8 +389,8 @@ def burst(n, error, *, seconds=0.1, deadline=None, budget=None):
 def test_a_burst_of_refused_calls_is_sent_again_a_few_at_a_time_and_none_is_lost():
     outcomes, took, most = burst(100, refusal)
     assert outcomes == ["done"] * 100
-    assert most == 20
-    assert 0.4 < took < 0.9
+    assert most == 17  # the first of them, a fifth of the 83 that have not failed yet; and then, as all have, ten
+    assert 0.9 < took < 1.1
 
 
 def test_what_never_left_this_process_waits_for_no_turn():
@@ -401,7 +401,7 @@ def test_what_never_left_this_process_waits_for_no_turn():
 
 def test_who_gets_no_turn_within_the_deadline_is_told():
     outcomes, took, _ = burst(40, refusal, seconds=1.0, deadline=0.5, budget=RetryBudget(0.2, 10, 10, 5))
-    assert outcomes.count("done") == 8
+    assert outcomes.count("done") == 7
     late = [verdict for verdict in outcomes if verdict != "done"]
-    assert set(late) == {"no turn within the deadline, with 8 other retries under way"}
+    assert set(late) == {"no turn within the deadline, with 7 other retries under way"}
     assert took < 1.1

@@ -16,7 +16,7 @@ from meshlib.core.env import Env
 from meshlib.core.errors import ConfigurationError, ConnectError, DeadlineExceeded, Rejected, RemoteError
 from meshlib.core.events import Decisions
 from meshlib.core.priority import Priority
-from meshlib.filters.throttle import RUN, Throttle
+from meshlib.filters.throttle import SHORTEST_RUN, Throttle
 from meshlib.telemetry.metrics import Registry
 from meshlib.testing import run_virtual
 
@@ -76,19 +76,24 @@ def test_what_was_long_ago_is_forgotten():
     assert one.refusals is None
 
 
-def test_a_run_of_accepts_ends_it_at_once_and_a_refusal_ends_the_run():
-    one = account(0, 1000)
-    for n in range(3 * RUN):
-        one.under_way += 1
-        if n % (RUN - 1) == RUN - 2:
-            one.refused(1.0)
-        else:
+# Accepts among a thousand requests, and the run of them that comes by chance once in a million times. By hand: 0.5 to
+# the 20th; 1 % of all, so at most 4 % of what was sent, to the 5th; a tenth, so at most four tenths, to the 16th.
+@pytest.mark.parametrize(("accepts", "run"), [(500, 20), (900, 20), (100, 16), (10, 5), (0, SHORTEST_RUN)])
+def test_a_run_that_is_no_chance_ends_it_at_once_and_a_refusal_ends_the_run(accepts, run):
+    one = account(accepts, 1000 - accepts)
+    for _ in range(3):
+        for _ in range(run - 1):
+            one.under_way += 1
             one.accepted(1.0)
-        assert one.probability(1.0) == 0.75
-    one.refused(1.0)
-    for _ in range(RUN):
-        assert one.probability(1.0) > 0
+            assert one.refusals is not None
+        one.under_way += 1
+        one.refused(1.0)
+    one = account(accepts, 1000 - accepts)
+    for _ in range(run):
+        assert one.refusals is not None
+        one.under_way += 1
         one.accepted(1.0)
+    assert one.refusals is None
     assert one.probability(1.0) == 0.0
 
 

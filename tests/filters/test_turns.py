@@ -1,5 +1,6 @@
 """Turns: never more extra tries under way than allowed, in order, and none is lost however the taker ends."""
 
+import math
 import random
 
 import anyio
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlib.filters.turns import Turns
+from meshlib.filters.turns import Turns, patience
 from meshlib.testing import run_virtual
 
 
@@ -19,11 +20,41 @@ def test_as_many_are_free_as_the_share_or_the_least_allows(share, least, calls):
     taken = 0
     while turns.try_take():
         taken += 1
-    assert max(least, share * calls) <= taken < max(least, share * calls) + 1
+    # Of the calls some have an extra try under way, so that the others are first tries: taken < share * (calls - taken)
+    first = share * calls / (1 + share)
+    assert max(least, first) - 1e-9 <= taken < max(least, first) + 1
     assert turns.taken == taken
     turns.give_back()
     assert turns.try_take()
     assert not turns.try_take()
+
+
+def test_who_waits_is_on_no_first_try():
+    async def main():
+        turns = Turns(0.5, 1)
+        turns.calls = 6
+        assert turns.try_take()
+        assert turns.try_take()
+        assert not turns.try_take()  # half of the four that are left
+        async with anyio.create_task_group() as group:
+            for _ in range(4):
+                group.start_soon(turns.take)
+            await anyio.sleep(1)
+            assert (turns.taken, turns.waiting) == (2, 4)
+            turns.calls = 7
+            turns.give_back()
+            assert (turns.taken, turns.waiting) == (1, 4)  # 1 of 7 is on an extra try, 4 wait: half of the other two
+            turns.calls = 9
+            turns.give_back()
+            assert (turns.taken, turns.waiting) == (3, 1)  # half of five
+            group.cancel_scope.cancel()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize(("deadline", "seconds"), [(None, math.inf), (10.0, 4.0), (2.0, 0.0), (1.0, 0.0)])
+def test_a_turn_is_waited_for_half_of_what_is_left(deadline, seconds):
+    assert patience(deadline, 2.0) == seconds
 
 
 def test_those_who_wait_are_served_in_order_and_nobody_passes_them():
