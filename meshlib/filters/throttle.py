@@ -14,8 +14,8 @@ which bounds them, and one that is let in takes the refusal back: the call was s
 Three things differ from the book. The probability is capped, so that enough goes through to notice the end of an
 overload (Finagle, NackAdmissionFilter: 0.75). A run of accepts ends the throttling at once, and not after a window: as
 long a run as would happen once in a million times if servers still let in what they did, so 20 where that was half, as
-K = 2 tolerates, and 5 where it was next to nothing. And each priority has an account of its own, since servers refuse
-sheddable requests long before critical ones.
+K = 2 tolerates, and 5 where it was next to nothing; and each of them lets more of the others through. And each priority
+has an account of its own, since servers refuse sheddable requests long before critical ones.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class Throttle:
             return 0.0
         accepts = self._sum + self.under_way
         requests = accepts + sum(self.refusals)
-        return max(0.0, min(self.cap, (requests - self.k * accepts) / (requests + 1)))
+        usual = max(0.0, min(self.cap, (requests - self.k * accepts) / (requests + 1)))
+        # Each accept in a row lets more through, so that the next comes sooner: the run takes half the time.
+        return usual * (1.0 - self._run / self._convincing()) if usual and self._run else usual
 
     def admit(self, now: float, rng: random.Random) -> bool:
         """May a request be sent? If so, it is under way from now on."""
@@ -132,7 +134,7 @@ class Throttle:
         self._sum += 1
         if self.refusals is not None:
             self._run += 1
-            if self._run >= SHORTEST_RUN and self._run >= self._convincing():
+            if self._run >= self._convincing():
                 self.refusals = None
 
     def _convincing(self) -> float:
@@ -141,7 +143,7 @@ class Throttle:
         requests = before + sum(self.refusals or ())
         # Of the requests, refused here or there, no less than 1 - cap were sent; of those sent K = 2 lets half in.
         share = min(0.5, before / max(1, requests) / (1 - self.cap))
-        return CHANCE / -log(share) if share > 0 else 0.0
+        return max(SHORTEST_RUN, CHANCE / -log(share)) if share > 0 else SHORTEST_RUN
 
     def refused(self, now: float) -> None:
         """A server refused a request."""

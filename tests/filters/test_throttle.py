@@ -97,6 +97,19 @@ def test_a_run_that_is_no_chance_ends_it_at_once_and_a_refusal_ends_the_run(acce
     assert one.probability(1.0) == 0.0
 
 
+def test_each_accept_of_a_run_lets_more_through():
+    one = account(10, 990)
+    found = [one.probability(1.0)]
+    for _ in range(4):
+        one.under_way += 1
+        one.accepted(1.0)
+        found.append(one.probability(1.0))
+    assert found == pytest.approx([0.75 * (1 - n / 5) for n in range(5)])
+    one.under_way += 1
+    one.refused(1.0)
+    assert one.probability(1.0) == 0.75
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(["admit", "accepted", "refused", "abandoned"]), st.floats(0, 10), st.integers(1, 40)),
