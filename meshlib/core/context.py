@@ -126,6 +126,7 @@ class Context(msgspec.Struct, frozen=True):
         opaque: Contexts that nobody here understands; they travel on unchanged.
         record: The logical call being made. Stays in this process, and is not inherited by a handler's own calls.
         priority: Who goes first when not all can; see `Priority`.
+        waited: On a server: seconds that the request had waited when it was read.
     """
 
     deadline: float | None = None
@@ -137,6 +138,7 @@ class Context(msgspec.Struct, frozen=True):
     opaque: tuple[tuple[bytes, bytes], ...] = ()
     record: CallRecord | None = None
     priority: Priority = Priority.DEFAULT
+    waited: float = 0.0
 
     def evolve(self, **changes: Any) -> Context:
         """A copy with some fields changed."""

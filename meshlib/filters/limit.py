@@ -117,6 +117,7 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
         lag = self._lag
         if lag is not None:
             lag.busy = True
+            lag.gate.arrived(VAR.get().waited)
             if not lag.running:
                 lag.start()
         if self.active < self._easy and (lag is None or not lag.gate.overloaded):
@@ -140,7 +141,7 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
     async def _enter(self, request: Any) -> None:
         context = VAR.get()
         priority = context.priority
-        if self._lag is not None and not self._lag.gate.admits(priority, self._clock.now()):
+        if self._lag is not None and not self._lag.gate.admits(priority, self._clock.now(), context.waited):
             raise self._refusal(request, "lag")
         if self.active < self._places(priority):
             self.active += 1

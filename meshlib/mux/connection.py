@@ -10,12 +10,15 @@ there before they send a request, and servers before they read one.
 
 from __future__ import annotations
 
+import functools
+import select
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, SocketAttribute
 
 from ..core.clock import Clock
 from ..core.context import CLOCK
@@ -59,6 +62,12 @@ class Connection:
         self._sending = False
         self._ended = False
         self._bytes = 0
+        self._unread: Callable[[], list[tuple[int, int]]] | None = None
+        raw = stream.extra(SocketAttribute.raw_socket, None)
+        if raw is not None and hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(raw.fileno(), select.POLLIN)
+            self._unread = functools.partial(poll.poll, 0)
         self.unsent: set[Any] = set()
         """What was queued and had not begun to leave when the connection ended, by key."""
         self.metrics = metrics or NoMetrics()
@@ -83,6 +92,11 @@ class Connection:
             whole = [message for frame in self._framer.feed(data) if (message := add(frame)) is not None]
             if whole:
                 return whole
+
+    @property
+    def drained(self) -> bool:
+        """Has all been read that had come, so that there is nothing to do but to wait? Costs a system call."""
+        return self._unread is None or not self._unread()
 
     async def next_message(self) -> Message:
         """The next message; those that came with it wait for the next call of this method."""

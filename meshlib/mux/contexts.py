@@ -4,11 +4,12 @@ Trace ids go out twice: as Finagle's TraceContext, and as W3C ``traceparent``. C
 the caller is: a Finagle in between renews its own context and passes on what it does not know, so ``traceparent`` may
 be a hop behind. The W3C form then adds what the other cannot say: the ``tracestate``, and the high 64 bits of the id.
 
-A deadline leaves as (now, now + what is left) on this host's wall clock and is read as a difference, so that clocks
-need not agree (Finagle compares wall clocks). A known context that cannot be decoded is ignored and counted; contexts
-that nobody here knows are kept and sent on unchanged. Layouts: finagle-core, context/Deadline.scala,
-tracing/TraceId.scala, context/Requeues.scala. A priority other than the default one is a word of ours, which Finagle
-passes on; a word that is not known here stands for the default, so that there can be others one day.
+A deadline leaves as (now, now + what is left) on this host's wall clock and is read as a difference, less what the
+request has waited on its way (`Transit`), so that clocks need not agree (Finagle compares wall clocks). A known context
+that cannot be decoded is ignored and counted; contexts that nobody here knows are kept and sent on unchanged. Layouts:
+finagle-core, context/Deadline.scala, tracing/TraceId.scala, context/Requeues.scala. A priority other than the default
+one is a word of ours, which Finagle passes on; a word that is not known here stands for the default, so that there can
+be others one day.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..core.env import Counter, NoMetrics
 from ..core.priority import Priority
 from .codec import DEFAULT_LIMITS, encode_contexts
 from .messages import Contexts, Dtab
+from .transit import Transit
 
 __all__ = ["ContextReader", "encode_context"]
 
@@ -121,11 +123,15 @@ class ContextReader:
         trust: May the caller say where our own calls go, and how much its own matter? Without it an inbound Dtab or
             priority is dropped.
         undecodable: Counts known contexts that could not be decoded, and were ignored.
+
+    Attributes:
+        transit: How long requests wait before they are read.
     """
 
-    __slots__ = ("_clock", "_trust", "_undecodable")
+    __slots__ = ("_clock", "_trust", "_undecodable", "transit")
 
     def __init__(self, clock: Clock, *, trust: bool = True, undecodable: Counter | None = None) -> None:
+        self.transit = Transit()
         self._clock = clock
         self._trust = trust
         self._undecodable = undecodable or NoMetrics().counter("")
@@ -133,6 +139,7 @@ class ContextReader:
     def read(self, contexts: Contexts, dtab: Dtab = ()) -> Context:
         """The context in which the request is to be handled."""
         deadline: float | None = None
+        waited = 0.0
         finagle: TraceId | None = None
         w3c: TraceId | None = None
         state = baggage = client_id = ""
@@ -146,7 +153,9 @@ class ContextReader:
             try:
                 if key == DEADLINE:
                     sent, due = struct.unpack(">qq", value)
-                    deadline = self._clock.now() + max(0, due - sent) / 1e9
+                    now = self._clock.now()
+                    waited = self.transit.waited(sent, self._clock.epoch_ns(), now)
+                    deadline = now + max(0, due - sent) / 1e9 - waited
                 elif key == TRACE:
                     finagle = read_trace(value)
                 elif key == TRACEPARENT:
@@ -176,6 +185,7 @@ class ContextReader:
             baggage,
             tuple(opaque),
             priority=priority,
+            waited=waited,
         )
 
 

@@ -175,6 +175,8 @@ class ServerSession:
     async def _read(self, first: Message | None) -> None:
         connection = self.connection
         limit = connection.limits.max_contexts
+        transit = self._contexts.transit
+        transit.read(self._clock.now())
         if first is not None:
             self._receive(first)
         frames = connection.take_unread()
@@ -189,7 +191,10 @@ class ServerSession:
                     self._receive(message)
             if connection.congested:
                 await connection.writable()
+            if connection.drained:
+                transit.caught_up(self._clock.now())
             frames = await connection.read()
+            transit.read(self._clock.now())
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,38 @@ def test_only_three_late_samples_in_a_row_are_lag(late, overloaded):
     assert one.lag == (max(0.0, min(late[-3:])) if len(late) >= 3 else 0.0)
 
 
+def test_requests_that_had_waited_are_lag_as_well():
+    one = LagGate()
+    for _ in range(3):
+        one.due = 0.0
+        for waited in (0.0, 0.3, 0.3):
+            one.arrived(waited)
+        one.record(0.0)
+    assert one.overloaded
+    assert one.lag == pytest.approx(0.2)
+    one.record(one.due)  # nobody came
+    assert not one.overloaded
+
+
+def test_one_client_that_claims_a_year_counts_for_ten_seconds():
+    one = LagGate()
+    for _ in range(3):
+        one.due = 0.0
+        one.arrived(3e7)
+        for _ in range(999):
+            one.arrived(0.0)
+        one.record(0.0)
+    assert one.lag == pytest.approx(0.01)
+    assert not one.overloaded
+
+
+def test_who_has_waited_long_is_refused_and_who_has_not_is_let_in():
+    late = gate(0.2, 0.1, 0.3)
+    assert [late.admits(priority, 0.0, TARGET) for priority in Priority] == [False, True, True]
+    assert [late.admits(priority, 0.0, TARGET * 1.01) for priority in Priority] == [False, False, True]
+    assert gate(0.0, 0.0, 0.0).admits(SHEDDABLE, 0.0, 5.0)
+
+
 def test_who_is_let_in():
     calm, late = gate(0.0, 0.0, 0.0), gate(0.2, 0.1, 0.3)
     for priority in Priority:
