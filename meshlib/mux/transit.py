@@ -23,12 +23,12 @@ SAMPLES: Final = 8
 class Transit:
     """What the requests of one connection have waited. Times are seconds of one monotonic clock, except as noted."""
 
-    __slots__ = ("_base", "_caught_up", "_fresh", "_read_at", "_straight")
+    __slots__ = ("_base", "_caught_up", "_first", "_fresh", "_read_at", "_straight", "_through")
 
     def __init__(self) -> None:
         self._straight: deque[int] = deque(maxlen=SAMPLES)
         self._base: int | None = None
-        self._fresh = False
+        self._fresh = self._through = self._first = False
         self._caught_up: float | None = None
         self._read_at: float | None = None
 
@@ -40,6 +40,8 @@ class Transit:
     def read(self, now: float) -> None:
         """Something was read, and its requests follow."""
         self._read_at = now
+        self._through = self._first = self._fresh
+        self._fresh = False
 
     def waited(self, sent: int, arrived: int, now: float) -> float:
         """Seconds that a request has waited by ``now``.
@@ -51,14 +53,15 @@ class Transit:
         """
         here = 0.0 if self._read_at is None else now - self._read_at
         late = arrived - sent
-        if self._fresh:
-            self._fresh = False
-            self._straight.append(late)
-            self._base = min(self._straight)
+        if self._through:
+            if self._first:  # those behind it may have waited for their turn
+                self._first = False
+                self._straight.append(late)
+                self._base = min(self._straight)
             return here
         if self._base is None or self._caught_up is None:
             return here
         return max(here, min((late - self._base) / 1e9, now - self._caught_up))
 
     def __repr__(self) -> str:
-        return f"<Transit: base {self._base}, {'caught up' if self._fresh else 'behind'}>"
+        return f"<Transit: base {self._base}, {'caught up' if self._fresh or self._through else 'behind'}>"
