@@ -28,6 +28,7 @@ when the call is idempotent (a *retry*).
     ├─ UnknownMethod         the service has no such method                 (also a LookupError)
     ├─ ProtocolError         the peer broke the protocol; that connection is closed
     └─ ConfigurationError    wrong parameters, said at construction         (also a ValueError)
+       └─ DtabError             a path or Dtab that cannot be read, and where
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ __all__ = [
     "ConnectError",
     "ConnectionLost",
     "DeadlineExceeded",
+    "DtabError",
     "InvalidArgument",
     "InvalidReply",
     "MeshError",
@@ -285,3 +287,16 @@ class ConfigurationError(MeshError, ValueError):
     """Wrong parameters. Raised at construction, with a sentence that says what would be right."""
 
     processed = False
+
+
+class DtabError(ConfigurationError):
+    """A path or Dtab cannot be read. The message shows the line, with a caret under the place.
+
+    Attributes:
+        line: Counted from 1; 0 where there are no lines.
+        column: Counted from 1.
+    """
+
+    def __init__(self, message: str, *, line: int = 0, column: int = 0) -> None:
+        super().__init__(message)
+        self.line, self.column = line, column

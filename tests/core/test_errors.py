@@ -32,6 +32,7 @@ FACTS = {
     "UnknownMethod": (False, False, LookupError),
     "ProtocolError": (False, None, MeshError),
     "ConfigurationError": (False, False, ValueError),
+    "DtabError": (False, False, ValueError),
 }
 
 
