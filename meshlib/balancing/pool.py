@@ -36,6 +36,7 @@ from ..core.errors import ConnectError, MeshError, ServiceClosed
 from ..core.health import Peers
 from ..core.service import ServiceFactory, Session, Status
 from ..core.supervisor import Job
+from ..names.watch import Watch
 from .failfast import Failfast, Waits
 
 __all__ = ["Pool", "SingletonPool"]
@@ -84,6 +85,7 @@ class SingletonPool(ServiceFactory[Any, Any]):
         self._error: MeshError | None = None
         self._since = 0.0
         self._peers = env.shared(Peers, Peers)
+        self._watch: Watch | None = env.params.get(Watch)
         self._pause: anyio.CancelScope | None = None
         metrics = env.metrics.scope("pool")
         self._connects, self._failures = metrics.counter("connects"), metrics.counter("connects/fail")
@@ -180,6 +182,8 @@ class SingletonPool(ServiceFactory[Any, Any]):
             if error is not cause:
                 error.__cause__ = cause
             self._failures.value += 1
+            if self._watch is not None:
+                self._watch.refresh()  # the address may be out of date
             known, self._error = self._error, error
             return self._failed(error, known is None)
         if self._state is _State.CLOSED:  # in that very moment, too late for the cancellation

@@ -83,10 +83,16 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Neg:
-    """There is no such name."""
+    """There is no such name.
+
+    Attributes:
+        why: What its source found instead, if it says so.
+    """
+
+    why: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return "no such name"
+        return f"no such name: {self.why}" if self.why else "no such name"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import random
 from importlib.metadata import EntryPoint, EntryPoints
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -281,9 +282,8 @@ def test_a_resolver_of_another_distribution_resolves_for_a_client(installed):
 def test_an_unknown_scheme_is_told_with_those_there_are(installed):
     with pytest.raises(ConfigurationError) as caught:
         resolver_for(Target.parse("consul://x"))
-    assert str(caught.value) == (
-        "target 'consul://x': no resolver for consul://; there are broken, file, static, theirs, unix"
-    )
+    known = "broken, dns, file, k8s, srv, static, theirs, unix, zk"
+    assert str(caught.value) == f"target 'consul://x': no resolver for consul://; there are {known}"
 
 
 def test_a_resolver_whose_package_is_missing_says_which(installed):
@@ -299,7 +299,12 @@ def test_a_target_that_makes_no_sense_is_told_when_the_client_is_made(wrong):
 
 def test_a_stack_has_one_watch_which_the_layers_below_are_given():
     env, seen = Env(name="h:1"), []
-    Bind().build(env, seen.append)
-    Bind().build(env, seen.append)
+
+    def below(watch, env):
+        seen.append(watch)
+        return SimpleNamespace(service=None)
+
+    Bind().build(env, below)
+    Bind().build(env, below)
     assert seen[0] is seen[1] is env.params[Watch]
     assert repr(Bind()) == "bind()"
