@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Any, ClassVar, Final, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, Self, TypeVar
 
 import anyio
 
@@ -29,17 +29,22 @@ from .core.health import Health
 from .core.service import ServiceFactory, Session, Status
 from .core.stack import Layer, Stack
 from .core.supervisor import Supervisor
+from .filters.budget import budget_of
 from .filters.requeue import Requeue
 from .filters.retry import Retry
 from .filters.source import Source
 from .filters.throttle import throttle
 from .filters.timeout import DEFAULT_TOTAL, TotalTimeout
 from .names.addr import Address
-from .names.bind import Bind
-from .names.resolver import Watch
+from .names.bind import Bind, Binding
+from .names.target import Target
+from .names.watch import Watch
 from .telemetry.metrics import Registry
 from .telemetry.stats import EndpointStats, Stats
 from .telemetry.tracing import ClientTracing
+
+if TYPE_CHECKING:
+    from .names.delegation import Delegation  # which only those need whose names are logical
 
 __all__ = ["PLACES", "Client", "Connector", "Liveness", "Transport", "default_layers"]
 
@@ -84,7 +89,7 @@ def default_layers() -> tuple[Layer, ...]:
         #                                filters: what users add
         Retry(),  #                      retry: idempotent calls that failed in a way that may pass
         #                                hedge: nothing yet
-        Bind(),  #                       bind: the name becomes a cluster that follows it
+        Bind(),  #                       bind: the name becomes clusters that follow it, by way of Dtabs
         Requeue(),  #                    requeue: what was never processed goes elsewhere
         throttle(),  #                   admission: less is sent while servers refuse most of it
         Balance(),  #                    balance: one of the ready endpoints, by P2C over peak EWMA
@@ -204,6 +209,31 @@ def describe(error: OSError) -> str:
     return f"connect failed: {os.strerror(number) if number > 0 else inner.strerror or inner}"
 
 
+class _Cluster:
+    """A watched target, and all that is below ``bind`` for it."""
+
+    def __init__(self, service: Any, watch: Watch, env: Env) -> None:
+        self.service = service
+        self._watch = watch
+        self._balancer: Balancer = env.params[Balancer]
+
+    @property
+    def status(self) -> Status:
+        return self._balancer.status
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self._balancer.nodes
+
+    def start(self) -> None:
+        self._watch.start()
+        self._balancer.follow(self._watch)
+
+    def close(self) -> None:
+        self._balancer.close()
+        self._watch.close()
+
+
 class Client(Generic[Req, Rep]):
     """A service over a target, with the client stack around it.
 
@@ -211,7 +241,8 @@ class Client(Generic[Req, Rep]):
     task and closed in another.
 
     Args:
-        target: Where to: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``.
+        target: Where to: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``, ``dns://…``, ``srv://…``,
+            ``zk://…``, ``k8s://…``, or ``/logical/path``, which Dtabs make one of these of.
         connector: The protocol.
         layers: Each replaces the default at its place; plain filters are added.
         label: What the client is called in metrics, spans and errors.
@@ -243,21 +274,23 @@ class Client(Generic[Req, Rep]):
             if self.stack.find(place) is None:
                 raise ConfigurationError(f"a client cannot do without a layer at {place!r}; replace it instead")
         clock = clock or Clock()
+        parsed = Target.parse(target)
+        shown = str(parsed)
         self.env = Env(
             kind="client",
-            label=label or target,
-            name=target,
+            label=label or shown,
+            name=shown,
+            params={Target: parsed},
             protocol=connector.protocol,
             clock=clock,
             rng=random.Random(seed),
             metrics=self.registry,
             events=Decisions(clock, self.registry),
-            supervisor=Supervisor(f"client {label or target!r}"),
+            supervisor=Supervisor(f"client {label or shown!r}"),
             classifier=complete(classifier),
         )
         self._service: Callable[[Req], Awaitable[Rep]] = self._build(connector)
-        self._watch: Watch = self.env.params[Watch]
-        self._balancer: Balancer = self.env.params[Balancer]
+        self._binding: Binding = self.env.params[Binding]
         self._started = False
         self._closed = False
 
@@ -266,13 +299,21 @@ class Client(Generic[Req, Rep]):
         middle, endpoint = rest.split("balance")
         below = self.stack.split("timeout")[1]
         kept = connector.keeps_deadline and all(getattr(layer, "keeps_deadline", False) for layer in below)
-        env = self.env.evolve(deadline_kept=kept)
+        budget = middle.find("budget")
+        if budget is not None:  # one for all clusters, and for the layers above them
+            budget.build(self.env, None)
+            middle = middle.remove("budget")
+        if isinstance(middle.find("requeue"), Requeue):
+            budget_of(self.env).fed = True  # which the retries above must know, before there is any cluster
 
-        def node(address: Address, health: Health) -> Node:
-            own = env.evolve(address=address, health=health, closers=[])
-            return Node(address, endpoint.build(own, connector), own)
+        def cluster(watch: Watch, env: Env) -> _Cluster:
+            def node(address: Address, health: Health) -> Node:
+                own = env.evolve(address=address, health=health, closers=[])
+                return Node(address, endpoint.build(own, connector), own)
 
-        return top.build(env, lambda watch: middle.build(env, node))
+            return _Cluster(middle.build(env, node), watch, env)
+
+        return top.build(self.env.evolve(deadline_kept=kept), cluster)
 
     async def __call__(self, request: Req) -> Rep:
         """Make one call.
@@ -294,15 +335,14 @@ class Client(Generic[Req, Rep]):
     def start(self) -> None:
         """Begin to resolve the target. Needs a running event loop; the first call does it as well."""
         if not self._started and not self._closed:
-            self._watch.start()
+            self._binding.start()
             self._started = True
-            self._balancer.follow(self._watch)
 
     async def aclose(self) -> None:
         """Close every connection. Calls under way fail; closing twice is the same as closing once."""
         self._closed = True
         if not self.env.supervisor.elsewhere:
-            self._balancer.close()
+            self._binding.close()
         await self.env.supervisor.aclose()
 
     async def __aenter__(self) -> Self:
@@ -323,7 +363,7 @@ class Client(Generic[Req, Rep]):
         """Closed once `aclose` was called, else the best of its endpoints' (busy before any is known)."""
         if self._closed:
             return Status.CLOSED
-        return max(self._balancer.status, Status.BUSY)
+        return max(self._binding.status, Status.BUSY)
 
     @property
     def events(self) -> Decisions:
@@ -333,14 +373,26 @@ class Client(Generic[Req, Rep]):
     @property
     def endpoints(self) -> tuple[Node, ...]:
         """Its endpoints; each prints its status, the reason for it, and its load."""
-        return self._balancer.nodes
+        return self._binding.nodes
+
+    async def delegate(self) -> Delegation:
+        """Where a call made here and now would go, and why, as a tree that prints readably; see `meshlib.delegate`.
+
+        Raises:
+            ConfigurationError: The client's target is no logical path.
+            ResolutionError: Its base Dtab has not been read yet.
+        """
+        if self._closed:
+            raise ServiceClosed(f"client {self.env.label!r} is closed")
+        self.start()
+        return await self._binding.delegate()
 
     def metrics(self) -> dict[str, float]:
         """Every number this client keeps, by name: ``requests``, ``success``, ``request_latency_ms.p99``, …"""
         return self.registry.snapshot()
 
     def __repr__(self) -> str:
-        head = f"client {self.env.label!r} -> {self._watch!r} ({self.env.protocol})"
+        head = f"client {self.env.label!r} -> {self._binding!r} ({self.env.protocol})"
         return (
             head + "\n" + self.stack.describe(heading=lambda p: "-- per endpoint --" if p == "endpoint_stats" else None)
         )

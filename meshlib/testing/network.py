@@ -26,6 +26,7 @@ from ..mux.client import MuxConnector
 from ..mux.server import MuxAcceptor
 from ..names.addr import Addr, Address, Bound
 from ..names.bind import Bind
+from ..names.dtab import Dtab
 from ..names.resolver import Watch
 from ..names.target import Target
 from ..server import Server
@@ -69,6 +70,9 @@ class Name:
         gone = set(map(_address, addresses))
         self.set(each for each in self.addresses if each not in gone)
 
+    settle: ClassVar[float] = 0.0
+    """As a resolver: its states count at once, so that tests need not wait."""
+
     async def watch(self, target: Target) -> AsyncIterator[Addr]:
         """It is a resolver as well."""
         async for addr in self.state.states():
@@ -79,13 +83,16 @@ class Name:
 
 
 class _Bind(Bind):
-    """Follows a `Name` instead of what the scheme of the target says."""
+    """Follows the names of a network, wherever a Dtab may lead to them, and other targets as ever."""
 
-    def __init__(self, name: Name) -> None:
-        self._name = name
+    def __init__(self, network: Network, base: Dtab | str | None) -> None:
+        super().__init__(base)
+        self._network = network
 
-    def build(self, env: Env, below: Callable[[Watch], Any]) -> Any:
-        return below(env.shared(Watch, lambda: Watch(Target("memory", env.name, env.name), self._name, env)))
+    def open_watch(self, target: Target, env: Env) -> Watch:
+        if target.scheme != "memory":
+            return super().open_watch(target, env)
+        return Watch(target, self._network.name(target.text), env)
 
 
 class _Link:
@@ -157,7 +164,7 @@ class Network:
         return DirectAcceptor() if self.wire == "direct" else MuxAcceptor()
 
     def client(self, target: str, *layers: Any, label: str = "", **options: Any) -> Client[Any, Any]:
-        """A client of ``target``: ``memory://name`` for a name of this network, or addresses.
+        """A client of ``target``: ``memory://name`` for a name of this network, addresses, or a logical path.
 
         Args:
             target: Where to.
@@ -166,8 +173,8 @@ class Network:
             options: As for `meshlib.client.Client`; ``connector`` may be one with another wire.
         """
         connector = options.pop("connector", None) or self.connector(label or "client")
-        if target.startswith("memory://"):
-            layers = (_Bind(self.name(target)), *layers)
+        bases = [layer.base for layer in layers if isinstance(layer, Bind)]
+        layers = (*(layer for layer in layers if not isinstance(layer, Bind)), _Bind(self, *(bases[-1:] or [None])))
         return Client(target, connector, *layers, label=label, **options)
 
     # --- what may happen to links -------------------------------------------------------------------------------------
