@@ -12,7 +12,7 @@ import errno
 import logging
 import random
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
 from typing import Any, ClassVar, Final, Protocol, Self, cast
 
@@ -29,7 +29,9 @@ from .core.supervisor import Supervisor
 from .filters.limit import ConcurrencyLimit
 from .filters.mapping import ErrorMapping
 from .filters.timeout import ServerDeadline
-from .names.addr import parse_hostport
+from .names.addr import Address, parse_hostport
+from .names.announce import Announcement, Announcements, reachable
+from .names.static import parse_address
 from .telemetry.metrics import Registry
 from .telemetry.stats import Stats
 from .telemetry.tracing import ServerTracing
@@ -118,9 +120,16 @@ class Server:
         stack: Changes the stack in ways that a layer alone cannot say: ``lambda s: s.remove("limit")``.
         clock: What time it is; for tests.
         seed: Of the server's random choices; for tests.
+        announce: Where to announce the address, such as ``zk://host/path``, or several such targets. The server
+            announces itself once it listens, in the background, and withdraws before it drains.
+        advertise: The address to announce, if it is not the one that the server listens on; may have settings:
+            ``10.0.0.7:9000?weight=2&zone=eu-1``. With ``host:0`` the port is the one that it listens on.
+
+    Attributes:
+        announcements: What is announced, and how that stands.
 
     Raises:
-        ConfigurationError: The address or a layer makes no sense.
+        ConfigurationError: The address, a layer, or what is to be announced makes no sense.
     """
 
     def __init__(
@@ -134,6 +143,8 @@ class Server:
         stack: Callable[[Stack], Stack] | None = None,
         clock: Clock | None = None,
         seed: int | None = None,
+        announce: str | Iterable[str] = (),
+        advertise: str = "",
     ) -> None:
         if not grace >= 0:
             raise ConfigurationError(f"serve(grace={grace!r}): give seconds, 0 or more")
@@ -156,6 +167,8 @@ class Server:
             supervisor=Supervisor(f"server {label or address!r}"),
         )
         self.grace = grace
+        self._announcements = Announcements(announce, f"server {label or address!r}", self.env.rng)
+        self._advertise = parse_address(advertise) if advertise else None
         self._acceptor = acceptor
         self._service = self.stack.build(self.env, as_service(service))
         self._listeners: list[SocketListener] = []
@@ -163,12 +176,15 @@ class Server:
         self._accepting = Supervisor(f"listener of {label or address!r}")
         self._connections: set[ServerConnection] = set()
         self._base = contextvars.Context()
-        self._closing = False
+        self._closing = self._refusing = False
         self._closed: anyio.Event | None = None
         self._bound = anyio.Event()
         self._socket: tuple[int, int] | None = None
         self._accepts = self.registry.counter("connects")
         self.registry.gauge("connections", lambda: len(self._connections))
+        if self._announcements.targets:
+            self.registry.gauge("announce/announced", lambda: sum(each.announced for each in self.announcements))
+            self.registry.gauge("announce/failures", lambda: sum(each.failures for each in self.announcements))
 
     @property
     def address(self) -> str:
@@ -180,6 +196,11 @@ class Server:
         if not self._address:
             raise ServiceClosed("the server has not been started; use `async with` or `await` it")
         return self._address
+
+    @property
+    def announcements(self) -> tuple[Announcement, ...]:
+        """What it announces; each says whether it is announced, and why not."""
+        return self._announcements.each
 
     @property
     def connections(self) -> tuple[ServerConnection, ...]:
@@ -214,6 +235,15 @@ class Server:
             raise ServiceClosed(f"server {self.env.label!r} has been closed")
         for listener in self._listeners:
             self._accepting.start(self._accept_from, listener, name="accept")
+        if self._announcements.targets:
+            self._announcements.start(self._announced_address())
+
+    def _announced_address(self) -> Address:
+        given = self._advertise
+        if given is None:
+            return reachable(self.address)
+        port = given.port or Address.parse(self.address).port
+        return Address(given.host, port, given.path, given.weight, given.metadata)
 
     async def _bind(self) -> list[SocketListener]:
         if self._unix:
@@ -264,7 +294,7 @@ class Server:
 
     async def serve_stream(self, stream: ByteStream, peer: str = "an in-memory stream") -> None:
         """Serve one connection that was accepted elsewhere, until it ends. A server that has closed serves no more."""
-        if self._closing:
+        if self._refusing:
             await stream.aclose()
             return
         connection = self._acceptor.accept(stream, self._service, peer, self.env, self._base)
@@ -286,6 +316,9 @@ class Server:
                 await self._closed.wait()
             return
         try:
+            # First, so that clients hear of it while they are still answered: nobody comes to a closed door.
+            await self._announcements.withdraw()
+            self._refusing = True
             await self._stop_accepting()
             with anyio.move_on_after(self.grace if grace is None else grace) as scope:
                 async with anyio.create_task_group() as group:
@@ -296,6 +329,7 @@ class Server:
                     "%s: %d connections still busy after the grace period", self.env.label, len(self._connections)
                 )
         finally:
+            self._refusing = True
             for connection in tuple(self._connections):
                 connection.abort()
             with anyio.CancelScope(shield=True):

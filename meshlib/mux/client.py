@@ -97,7 +97,8 @@ def client(
     """Make a Mux client. Call it with a `Request`, and it gives a `Response`.
 
     Args:
-        target: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``.
+        target: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``,
+            ``dns://…``, ``srv://…``, ``zk://…``, ``k8s://…``, or a logical path, which Dtabs make one of these of.
         layers: Each replaces the default at its place; plain filters are added.
         label: What the client is called in metrics, spans and errors.
         limits: What a server may ask of us.

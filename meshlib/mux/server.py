@@ -68,7 +68,7 @@ def serve(
         grace: Seconds that closing waits for requests under way.
         limits: What a client may ask of us.
         trust_context: ``False`` drops inbound Dtabs and priorities.
-        options: ``stack``, ``clock``, ``seed``: see `meshlib.server.Server`.
+        options: ``announce``, ``advertise``, ``stack``, ``clock``, ``seed``: see `meshlib.server.Server`.
 
     Raises:
         ConfigurationError: The address or a layer makes no sense.

@@ -8,6 +8,8 @@ One address a line, with optional settings and comments::
 or JSON: a list of such texts, or of objects ``{"host": …, "port": …, "weight": …, "zone": …}``, or an object whose
 ``endpoints`` is such a list. Write a new file and rename it over the old one, and no half of it is ever read.
 
+A path that ends with a slash is a directory of members, which announce themselves there; see `members`.
+
 The file is looked at every half second: portable, right on network file systems and container volumes, where change
 notices are not, and cheap (one ``stat`` in a worker thread).
 """
@@ -15,16 +17,21 @@ notices are not, and cheap (one ``stat`` in a worker thread).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
+import anyio.to_thread
 
 from ..core.errors import ConfigurationError
 from .addr import Addr, Address, Bound, Failed
 from .target import Target
 
 __all__ = ["FileResolver", "parse_endpoints"]
+
+logger = logging.getLogger("meshlib.names")
 
 POLL: Final = 0.5
 LARGEST: Final = 16 * 1024 * 1024
@@ -36,6 +43,9 @@ class FileResolver:
     async def watch(self, target: Target) -> AsyncIterator[Addr]:
         """Yields the file's addresses whenever it has changed, and `Failed` when it cannot be read or understood."""
         path = anyio.Path(path_of(target))
+        if target.rest.endswith("/"):
+            async for state in _members(Path(target.rest)):
+                yield state
         seen: object = None
         while True:
             try:
@@ -54,6 +64,32 @@ class FileResolver:
                     seen = broken
                     yield Failed(broken)
             await anyio.sleep(POLL)
+
+    def check(self, target: Target) -> None:
+        """Raises `ConfigurationError` for what is no absolute path."""
+        path_of(target)
+
+
+async def _members(directory: Path) -> AsyncIterator[Addr]:
+    """The living members of a directory, whenever they are others."""
+    from .members import read_members  # which stands on this module
+
+    seen: object = None
+    told: list[str] = []
+    while True:
+        try:
+            addr, problems = await anyio.to_thread.run_sync(read_members, directory)
+            for problem in problems:
+                if problem not in told:
+                    logger.warning("%s: left out: %s", directory, problem)
+            told = problems
+            now: object = tuple((a, a.weight, a.metadata) for a in addr.addresses) if isinstance(addr, Bound) else addr
+        except OSError as error:
+            addr, now = Failed(str(error)), str(error)
+        if now != seen:
+            seen = now
+            yield addr
+        await anyio.sleep(POLL)
 
 
 def path_of(target: Target) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..balancing.node import Node
 from ..client import Client
@@ -18,6 +18,9 @@ from ..server import GRACE, Server
 from .codec import MethodCodec
 from .contract import contracts_of, methods_of
 from .service import RAISED, TypedService
+
+if TYPE_CHECKING:
+    from ..names.delegation import Delegation
 
 __all__ = ["TypedClient", "client", "serve"]
 
@@ -69,6 +72,10 @@ class TypedClient(Generic[T]):
     def events(self) -> Decisions:
         """What its layers decide, and why: ``client.events.listen(print)``."""
         return self.raw.events
+
+    async def delegate(self) -> Delegation:
+        """Where a call made here and now would go, and why; see `meshlib.delegate`."""
+        return await self.raw.delegate()
 
     def metrics(self) -> dict[str, float]:
         """Every number this client keeps, by name."""
@@ -140,7 +147,8 @@ def client(contract: type[T], target: str, *layers: Any, label: str = "", **opti
 
     Args:
         contract: A class with ``@rpc`` methods: the implementation itself, or the contract that both sides share.
-        target: Where: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``.
+        target: Where: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``,
+            ``dns://…``, ``srv://…``, ``zk://…``, ``k8s://…``, or a logical path, which Dtabs make one of these of.
         layers: Each replaces the default at its place (`default_layers` in ``meshlib/client.py``); plain filters are
             added.
         label: What the client is called in metrics, spans and errors; by default the contract's name.
@@ -175,7 +183,8 @@ def serve(
         label: What the server is called in metrics, spans and logs; by default its services' names.
         grace: Seconds that closing waits for requests under way.
         limits: What a client may ask of us.
-        options: ``trust_context``, ``stack``, ``clock``, ``seed``: see `meshlib.mux.serve`.
+        options: ``announce``, ``advertise``, ``trust_context``, ``stack``, ``clock``, ``seed``: see
+            `meshlib.mux.serve`.
 
     Raises:
         ConfigurationError: A service, the address or a layer makes no sense; says why.
