@@ -15,7 +15,7 @@ demo: $(VENV)/.ready-demo
 	$(PY) -m examples.echo
 
 test: lint
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-test
 	$(PY) -m ruff check .

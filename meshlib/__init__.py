@@ -42,6 +42,7 @@ from .core.errors import (
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
+    DtabError,
     InvalidArgument,
     InvalidReply,
     MeshError,
@@ -69,6 +70,12 @@ from .filters.retry import retry
 from .filters.shadow import shadow
 from .filters.throttle import throttle
 from .filters.timeout import timeout
+from .names.announce import announce
+from .names.bind import base_dtab
+from .names.dtab import Dtab
+from .names.explain import delegate
+from .names.local import dtab
+from .names.resolve import resolve
 from .typed.client import TypedClient, client, serve
 from .typed.contract import rpc
 
@@ -85,6 +92,8 @@ __all__ = [
     "ConnectionLost",
     "Context",
     "DeadlineExceeded",
+    "Dtab",
+    "DtabError",
     "Filter",
     "InvalidArgument",
     "InvalidReply",
@@ -107,8 +116,10 @@ __all__ = [
     "UnknownMethod",
     "UnknownService",
     "adaptive",
+    "announce",
     "aperture",
     "balance",
+    "base_dtab",
     "circuit_breaker",
     "classifier",
     "classify",
@@ -116,6 +127,8 @@ __all__ = [
     "concurrency_limit",
     "current",
     "deadline",
+    "delegate",
+    "dtab",
     "failfast",
     "failure_accrual",
     "fault",
@@ -130,6 +143,7 @@ __all__ = [
     "priority",
     "rate_limit",
     "remaining",
+    "resolve",
     "retry",
     "retry_budget",
     "retry_connection_losses",

@@ -30,17 +30,39 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Who may be imported where, beside the standard library. A trailing slash is a whole package.
 GUESTS = {
     "anyio": ["meshlib/"],
-    "msgspec": ["meshlib/core/context.py", "meshlib/core/events.py", "meshlib/mux/", "meshlib/typed/"],
+    "msgspec": [
+        "meshlib/core/context.py",
+        "meshlib/core/events.py",
+        "meshlib/mux/",
+        "meshlib/names/kubernetes/",
+        "meshlib/typed/",
+    ],
     "opentelemetry": ["meshlib/telemetry/"],
     "tenacity": ["meshlib/filters/retry.py"],
     "asyncio": ["meshlib/core/supervisor.py"],
+    "httpx": ["meshlib/names/kubernetes/"],
+    "dns": ["meshlib/names/dns/"],
+    "kazoo": ["meshlib/names/zookeeper/"],
     "trio": ["meshlib/testing/virtual.py"],
+    "yaml": ["meshlib/names/kubernetes/kubeconfig.py"],
+    "socksio": ["meshlib/names/kubernetes/config.py"],
 }
-LAZY = {"tenacity", "trio"}
+LAZY = {"socksio", "tenacity", "trio", "yaml"}
 TRIO = ["meshlib/core/supervisor.py", "meshlib/core/clock.py"]
 """Where trio is looked for among the modules that are loaded. It is imported by virtual time alone."""
 
-OPTIONAL = ["trio", "uvloop", "httpx", "grpclib", "kazoo", "dns", "opentelemetry.sdk", "prometheus_client", "tenacity"]
+OPTIONAL = [
+    "trio",
+    "uvloop",
+    "httpx",
+    "grpclib",
+    "kazoo",
+    "dns",
+    "yaml",
+    "opentelemetry.sdk",
+    "prometheus_client",
+    "tenacity",
+]
 YARDSTICK = "import asyncio, anyio, msgspec, opentelemetry.trace"
 
 

@@ -22,6 +22,7 @@ from meshlib import (
     adaptive,
     aperture,
     balance,
+    base_dtab,
     circuit_breaker,
     concurrency_limit,
     deadline,
@@ -216,6 +217,7 @@ CLIENTS_ONLY = {
     "outlier_detection": "it compares endpoints, and a server has none",
     "balance": "a server has no endpoints",
     "failfast": "a server connects to nobody",
+    "base_dtab": "a server calls nobody by name",
 }
 
 LAYERS: dict[str, Example] = {
@@ -231,6 +233,10 @@ LAYERS: dict[str, Example] = {
             (lambda: balance(slow_start=-1), "give seconds, or 0 for no slow start"),
             (lambda: balance("p2c"), "give "),
         ],
+    ),
+    "base_dtab": Example(
+        {"base_dtab('/s => /a ; /s/b => h:1')": lambda: base_dtab("/s => /a ; /s/b => h:1")},
+        [(lambda: base_dtab(3), "give one, or its text, or where to follow it")],
     ),
     "failfast": Example(
         {"failfast((1, 32), alone=(0.1, 1))": lambda: failfast()},
@@ -282,6 +288,7 @@ OTHERS = {
     "classifier", "classify", "retry_connection_losses", "retry_server_errors", "retry_timeouts",  # of outcomes
     "client", "serve", "rpc", "filter",  # what layers are given to, or made with
     "current", "remaining", "use",  # the context
+    "announce", "delegate", "dtab", "resolve",  # names
 }  # fmt: skip
 
 WITH_UNITS = {"deadline", "retry", "timeout"}

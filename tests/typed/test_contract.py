@@ -46,7 +46,7 @@ def test_the_decorator_leaves_the_function_as_it_was() -> None:
         (lambda: meshlib.client(Shop(), "127.0.0.1:1"), "give the class with the @rpc methods first"),
         (lambda: meshlib.client(Shop, ""), "expected something like 'host:port'"),
         (lambda: meshlib.client(Shop, "127.0.0.1"), "expected host:port"),
-        (lambda: meshlib.client(Shop, "zk://127.0.0.1:2181/x"), "no resolver for zk://; there are file, static, unix"),
+        (lambda: meshlib.client(Shop, "consul://x"), "no resolver for consul://; there are dns, file, k8s"),
         (lambda: meshlib.client(Shop, "127.0.0.1:1", 3), "3 is not a layer"),
         (lambda: meshlib.client(Shop, "127.0.0.1:1", len), "becomes a layer with @meshlib.filter"),
         (lambda: meshlib.serve(Shop), r"serve an instance, not the class: Shop\(…\)"),
