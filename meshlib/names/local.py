@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from ..core.context import VAR
+from ..core.context import VAR, Context
 from ..core.errors import ConfigurationError
 from .dtab import Dtab
 
@@ -22,8 +22,9 @@ __all__ = ["LocalDtab", "dtab"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_ENTERED: ContextVar[tuple[tuple[tuple[str, str], ...], ...]] = ContextVar("meshlib.dtabs", default=())
-"""What was before each block that the running code is in. Not kept in the value: many tasks may be in the same one."""
+_ENTERED: ContextVar[tuple[tuple[Context, Context], ...]] = ContextVar("meshlib.dtabs", default=())
+"""What was before and what began with each block that the running code is in. Not kept in the value: many tasks may be
+in the same one."""
 
 
 class LocalDtab:
@@ -35,17 +36,19 @@ class LocalDtab:
         self.added, self.pairs = added, added.pairs()
 
     def __enter__(self) -> Dtab:
-        context = VAR.get()
-        _ENTERED.set((*_ENTERED.get(), context.dtab))
-        VAR.set(context.evolve(dtab=context.dtab + self.pairs))
+        before = VAR.get()
+        inside = before.evolve(dtab=before.dtab + self.pairs)
+        _ENTERED.set((*_ENTERED.get(), (before, inside)))
+        VAR.set(inside)
         return self.added
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        *outer, before = _ENTERED.get()
+        *outer, (before, inside) = _ENTERED.get()
         _ENTERED.set(tuple(outer))
-        VAR.set(VAR.get().evolve(dtab=before))
+        now = VAR.get()
+        VAR.set(before if now is inside else now.evolve(dtab=before.dtab))
 
     def __call__(self, function: F) -> F:
         """As a decorator: for the whole of each call of the function.

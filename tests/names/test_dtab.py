@@ -446,7 +446,8 @@ def test_what_was_read_lately_is_not_read_again_unless_it_is_large():
 
 
 def test_the_local_dtab_is_for_the_body_alone():
-    assert meshlib.current().dtab == ()
+    before = meshlib.current()
+    assert before.dtab == ()
     with meshlib.dtab("/s => /a") as added:
         assert added == Dtab("/s => /a")
         with meshlib.dtab(Dtab("/s => /b")):
@@ -457,7 +458,7 @@ def test_the_local_dtab_is_for_the_body_alone():
         pass
     with pytest.raises(ZeroDivisionError), meshlib.dtab("/s => /a"):
         raise ZeroDivisionError
-    assert meshlib.current().dtab == ()
+    assert meshlib.current() is before
 
 
 async def test_tasks_inherit_the_local_dtab_and_do_not_see_that_of_others():

@@ -1,6 +1,7 @@
 """The fault proxy, between real sockets: bytes arrive whole and in order, or are wronged exactly as it was told."""
 
 import contextlib
+import math
 import random
 import socket
 import struct
@@ -79,6 +80,18 @@ class Watch:
         return anyio.current_time() - self.started
 
 
+async def quickest(function, wanted):
+    """Seconds of the quickest of up to ten runs, and no more of them than it takes: machines pause when they like."""
+    took = math.inf
+    for _ in range(10):
+        watch = Watch()
+        await function()
+        took = min(took, watch.elapsed)
+        if took < wanted:
+            break
+    return took
+
+
 # --- nothing wrong --------------------------------------------------------------------------------------------------
 
 
@@ -121,10 +134,12 @@ async def test_latencies_of_both_directions_add_up_and_change_while_it_runs():
     async with proxied(echo) as proxy, await connect(proxy) as stream:
         for up, down in ((0.08, 0.0), (0.04, 0.05), (0.0, 0.0)):
             proxy.upstream.latency, proxy.downstream.latency = up, down
-            watch = Watch()
-            await stream.send(b"x")
-            await stream.receive()
-            assert up + down - 0.002 <= watch.elapsed < up + down + 0.07
+
+            async def exchange():
+                await stream.send(b"x")
+                await stream.receive()
+
+            assert up + down - 0.002 <= await quickest(exchange, up + down + 0.07) < up + down + 0.07
 
 
 async def test_latency_costs_no_bandwidth():
@@ -140,7 +155,7 @@ async def test_latency_costs_no_bandwidth():
         watch = Watch()
         group.start_soon(send)
         assert len(await read(stream, 1000)) == 1000
-        assert 0.19 < watch.elapsed < 0.8
+        assert 0.19 < watch.elapsed < 3  # and not 10 s
 
 
 async def test_jitter_keeps_the_order():
@@ -163,13 +178,13 @@ async def test_bandwidth_is_kept_and_lifted_while_bytes_wait():
         watch = Watch()
         await stream.send(b"x" * 20_000)
         await read(stream, 20_000)
-        assert 0.15 < watch.elapsed < 1
+        assert 0.15 < watch.elapsed < 3
         proxy.upstream.bandwidth = 1_000  # 20 s for the next
         await stream.send(b"x" * 20_000)
         await read(stream, 20)
         proxy.upstream.bandwidth = None
         await read(stream, 19_980)
-        assert watch.elapsed < 2
+        assert watch.elapsed < 8
 
 
 async def test_slices_are_pieces_with_a_pause_between_them():
@@ -185,14 +200,14 @@ async def test_slices_are_pieces_with_a_pause_between_them():
 
 async def test_the_end_may_come_late():
     async with proxied(echo) as proxy, await connect(proxy) as stream:
-        proxy.downstream.slow_close = 0.2
+        proxy.downstream.slow_close = 0.6
         watch = Watch()
         await stream.send(b"x")
         await stream.send_eof()
         assert await stream.receive() == b"x"
-        assert watch.elapsed < 0.15
+        assert watch.elapsed < 0.55
         assert await read_all(stream) == b""
-        assert watch.elapsed > 0.195
+        assert watch.elapsed > 0.595
 
 
 # --- what does not arrive -------------------------------------------------------------------------------------------
@@ -391,9 +406,7 @@ async def test_a_mux_call_pays_both_latencies():
     async with mux_through_proxy() as (client, proxy):
         await client(mux.Request(b"x"))
         proxy.upstream.latency = proxy.downstream.latency = 0.03
-        watch = Watch()
-        assert (await client(mux.Request(b"x"))).body == b"x"
-        assert 0.058 <= watch.elapsed < 0.3
+        assert 0.058 <= await quickest(lambda: client(mux.Request(b"x")), 0.3) < 0.3
 
 
 async def test_a_mux_call_under_way_ends_with_the_connection_that_is_reset():
@@ -421,7 +434,7 @@ async def test_a_mux_call_into_a_black_hole_ends_by_its_deadline():
         watch = Watch()
         with pytest.raises(meshlib.DeadlineExceeded):
             await client(mux.Request(b"x"))
-        assert 0.095 < watch.elapsed < 0.5
+        assert 0.095 < watch.elapsed < 2
 
 
 async def test_pings_find_out_that_a_connection_is_a_black_hole():
@@ -431,7 +444,7 @@ async def test_pings_find_out_that_a_connection_is_a_black_hole():
         watch = Watch()
         with pytest.raises(meshlib.ConnectionLost):
             await client(mux.Request(b"x"))
-        assert watch.elapsed < 1
+        assert watch.elapsed < 3
         proxy.heal()
         assert (await client(mux.Request(b"y"))).body == b"y"
 
