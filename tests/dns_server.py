@@ -32,6 +32,7 @@ class Dnsmasq:
             self.port: int = sock.getsockname()[1]
         self._hosts = folder / "names"
         self._hosts.write_text("")
+        self._version = 0
         self._command = [
             program, "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", f"--user={getpass.getuser()}",
             "--no-resolv", "--no-hosts", f"--addn-hosts={self._hosts}", "--local=/test/", f"--local-ttl={ttl}",
@@ -64,13 +65,16 @@ class Dnsmasq:
 
     def names(self, **addresses: list[str]) -> None:
         """From now on there are these hosts in the domain ``test``, and no others."""
-        lines = [f"{each} {name}.test" for name, found in addresses.items() for each in found]
+        self._version += 1
+        # A name of its own for each version tells when the server has read it: that something is gone tells as well.
+        known = {**addresses, f"version{self._version}": ["127.0.0.99"]}
+        lines = [f"{each} {name}.test" for name, found in known.items() for each in found]
         self._hosts.write_text("\n".join(lines) + "\n")
         if self._process is not None:
             self._process.send_signal(signal.SIGHUP)
-            wanted = {name: set(found) for name, found in addresses.items()}
-            end = time.monotonic() + 5
-            while any(self._has(name) != found for name, found in wanted.items()) and time.monotonic() < end:
+            end = time.monotonic() + 10
+            while any(self._has(name) != set(found) for name, found in known.items()):
+                assert time.monotonic() < end, "dnsmasq does not read its names again"
                 time.sleep(0.01)
 
     def _has(self, name: str) -> set[str]:
