@@ -73,7 +73,13 @@ def test_connecting_to_nobody_says_so_without_a_traceback() -> None:
 
 def test_ctrl_c_ends_the_story_cleanly_and_leaves_no_server_behind() -> None:
     pipe = subprocess.PIPE
-    with subprocess.Popen([*ECHO, "hello"], cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as story:
+    # Shells start what runs in the background deaf to SIGINT, and children inherit that; a handler they do not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        started = subprocess.Popen([*ECHO, "hello"], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with started as story:
         assert story.stdout is not None
         assert story.stderr is not None
         servers = re.findall(r"127\.0\.0\.1:\d+", story.stdout.readline())
