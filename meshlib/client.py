@@ -26,7 +26,7 @@ from .core.env import Env, elsewhere
 from .core.errors import ConfigurationError, ConnectError, MeshError, ServiceClosed
 from .core.events import Decisions
 from .core.health import Health
-from .core.service import ServiceFactory, Session, Status
+from .core.service import Lasting, ServiceFactory, Session, Status
 from .core.stack import Layer, Stack
 from .core.supervisor import Supervisor
 from .filters.budget import budget_of
@@ -112,6 +112,7 @@ class Connector(Protocol):
     """Its name, such as ``mux``."""
     keeps_deadline: ClassVar[bool]
     """Do its sessions stop waiting when the context's deadline passes? See ``core/deadlines.py``."""
+    # One whose replies may last beyond the call has a function ``lasting(reply)`` besides: see `Lasting`.
 
     async def connect(self, address: Address, env: Env, liveness: Liveness | None) -> Session[Any, Any]:
         """Connect, and do whatever handshake the protocol has.
@@ -295,6 +296,7 @@ class Client(Generic[Req, Rep]):
         self._closed = False
 
     def _build(self, connector: Connector) -> Any:
+        self.env.params[Lasting] = getattr(connector, "lasting", None)
         top, rest = self.stack.split("bind")
         middle, endpoint = rest.split("balance")
         below = self.stack.split("timeout")[1]

@@ -16,7 +16,8 @@ from meshlib.mux.client import MuxConnector
 from meshlib.mux.codec import encode
 from meshlib.mux.messages import Rping, Tping
 from meshlib.names.bind import Bind
-from meshlib.server import GRACE, PLACES, default_layers
+from meshlib.server import PLACES, default_layers
+from meshlib.serving import GRACE
 from meshlib.testing import duplex, run_virtual
 
 MINE = contextvars.ContextVar("mine", default="nobody's")

@@ -1,6 +1,7 @@
 """Finagle's peak EWMA as it is there, for comparison (loadbalancer/PeakEwma.scala)."""
 
 from math import exp, inf
+from typing import Any
 
 from meshlib.balancing.load import UNMEASURED, LoadMetric, Meter
 
@@ -41,7 +42,7 @@ class _FinagleMeter(Meter):
     def succeeded(self, took: float, now: float) -> None:
         self._observe(took, now)
 
-    def failed(self, took: float, now: float, *, rest: float | None = None, nacked: bool = False) -> None:
+    def failed(self, took: float, now: float, **how: Any) -> None:
         self._observe(took, now)
 
     def timed_out(self, took: float, now: float) -> None:

@@ -14,6 +14,8 @@ once in the run, however many calls were on it, since it is one failure.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import anyio
@@ -25,7 +27,7 @@ from ..core.context import VAR
 from ..core.deadlines import passed
 from ..core.env import Env
 from ..core.errors import MeshError
-from ..core.service import Filter, Service, Status
+from ..core.service import Filter, Lasting, Service, Status
 from ..core.supervisor import Job
 from ..core.thresholds import FIRST_OUT, LAST_OUT, Thresholds, backoff_of, shown_backoff
 
@@ -46,6 +48,7 @@ class FailureAccrual(Filter[Any, Any, Any, Any]):
         self._env = env = env or Env()
         self._clock = env.clock
         self._judge_replies = env.classifier is not classify
+        self._lasting: Callable[[Any], Lasting | None] | None = env.params.get(Lasting)
         self._timer: Job | None = None
         metrics = env.metrics.scope("failure_accrual")
         self._removals, self._revivals = metrics.counter("removals"), metrics.counter("revivals")
@@ -77,7 +80,14 @@ class FailureAccrual(Filter[Any, Any, Any, Any]):
             self._ended(mine, request, reply, None)
         elif circuit.succeeded(mine, self._clock.now()):
             self._revived()
+        if self._lasting is not None and (lasting := self._lasting(reply)) is not None:
+            lasting.on_end(functools.partial(self._broke_off, request))
         return reply
+
+    def _broke_off(self, request: Any, error: Exception | None) -> None:
+        """The end of a reply that lasted beyond the call, whose beginning was a success."""
+        if error is not None and self.circuit.state is CLOSED:
+            self._ended(self.circuit.now_valid, request, None, error)
 
     def _pass(self) -> int:
         mine = self.circuit.probe(self._clock.now())

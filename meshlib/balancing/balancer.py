@@ -29,7 +29,7 @@ from ..core.errors import (
     ServiceClosed,
 )
 from ..core.health import Health
-from ..core.service import Status
+from ..core.service import Lasting, Status
 from ..names.addr import Addr, Address, Bound, Failed, Neg, Pending
 from ..names.resolver import Watch
 from .choose import metric_of
@@ -66,6 +66,7 @@ class Balancer:
         metrics = env.metrics.scope("loadbalancer")
         self._env, self._clock, self._events = env, env.clock, env.events
         self._classify = None if env.classifier is classify else env.classifier
+        self._lasting: Callable[[Any], Lasting | None] | None = env.params.get(Lasting)
         self._make_node = make_node
         self._metric = metric_of(chooser)
         self._expires: bool = getattr(chooser, "expires", False)
@@ -138,6 +139,7 @@ class Balancer:
         meter.used = now
         if routing.watches_load:
             routing.changed(node, 1, now)
+        held: Lasting | None = None
         try:
             reply = await node.service(request)
         except Exception as error:
@@ -158,14 +160,35 @@ class Balancer:
                 meter.succeeded(ended - now, ended)
             else:
                 self._answered(meter, request, reply, now)
+            if self._lasting is not None:
+                held = self._lasting(reply)
             return reply
         finally:
-            meter.pending -= 1
-            meter.begun = meter.begun - now if meter.pending else 0.0
-            if routing.watches_load:
-                routing.changed(node, -1, self._clock.now())
-            if node.removed and not meter.pending:
-                self._retire(node)
+            if held is None:
+                self._release(node, now)
+            else:  # load until it is closed
+                meter.lasting += 1
+                meter.begun -= now
+                held.on_end(functools.partial(self._ended, node, now))
+
+    def _release(self, node: Node, began: float) -> None:
+        meter = node.meter
+        meter.pending -= 1
+        meter.begun = meter.begun - began if meter.pending > meter.lasting else 0.0
+        if self._routing.watches_load:
+            self._routing.changed(node, -1, self._clock.now())
+        if node.removed and not meter.pending:
+            self._retire(node)
+
+    def _ended(self, node: Node, began: float, error: Exception | None) -> None:
+        """The end of a reply that lasted beyond the call."""
+        meter = node.meter
+        if error is not None:
+            now = self._clock.now()
+            meter.failed(now - began, now, lasted=True)
+        meter.lasting -= 1
+        meter.begun += began
+        self._release(node, began)
 
     def _not_open(self, node: Node, now: float) -> Node:
         """A pick that was not open: drawn again, or taken in panic."""

@@ -42,14 +42,16 @@ class Meter:
 
     Attributes:
         pending: Requests under way.
-        begun: The sum of the times at which they began.
+        lasting: Those of them that have been answered, and whose answers are still being read: streams, bodies. They
+            are load, and their age says nothing of how slow the node is.
+        begun: The sum of the times at which the others began.
         used: When the last of its requests began.
     """
 
-    __slots__ = ("begun", "pending", "used")
+    __slots__ = ("begun", "lasting", "pending", "used")
 
     def __init__(self) -> None:
-        self.pending = 0
+        self.pending = self.lasting = 0
         self.begun = 0.0
         self.used = float("-inf")
 
@@ -60,8 +62,13 @@ class Meter:
     def succeeded(self, took: float, now: float) -> None:
         """A request was answered after ``took`` seconds."""
 
-    def failed(self, took: float, now: float, *, rest: float | None = None, nacked: bool = False) -> None:
-        """It failed after ``took`` seconds. The server asked for ``rest`` seconds, or just refused it."""
+    def failed(
+        self, took: float, now: float, *, rest: float | None = None, nacked: bool = False, lasted: bool = False
+    ) -> None:
+        """It failed after ``took`` seconds. The server asked for ``rest`` seconds, or just refused it.
+
+        If it ``lasted`` it had been answered, and the time was the stream's own.
+        """
 
     def timed_out(self, took: float, now: float) -> None:
         """Its time ran out after ``took`` seconds."""
@@ -150,7 +157,7 @@ class EwmaMeter(Meter):
     _quiet_until: float
 
     def __init__(self, decay: float, penalty: float) -> None:
-        self.pending = 0
+        self.pending = self.lasting = 0
         self.begun = 0.0
         self.used = float("-inf")
         self._decay, self._penalty = decay, penalty
@@ -166,7 +173,8 @@ class EwmaMeter(Meter):
             return estimate * exp((self.stamp - now) / self._decay) if estimate else 0.0
         if not estimate:
             return UNMEASURED + pending
-        age = now - self.begun / pending
+        waiting = pending - self.lasting
+        age = now - self.begun / waiting if waiting else 0.0
         if age > estimate:
             return age * (pending + 1)
         return estimate * exp((self.stamp - now) / self._decay) * (pending + 1)
@@ -187,7 +195,9 @@ class EwmaMeter(Meter):
         if now > self.stamp:
             self.stamp = now
 
-    def failed(self, took: float, now: float, *, rest: float | None = None, nacked: bool = False) -> None:
+    def failed(
+        self, took: float, now: float, *, rest: float | None = None, nacked: bool = False, lasted: bool = False
+    ) -> None:
         """Count it as the penalty, or as the rest that the server asked for if that is longer.
 
         The penalty doubles with each failure in a row, since no fixed one is enough: where the others have a hundred
@@ -204,7 +214,7 @@ class EwmaMeter(Meter):
             rest = min(rest, LONGEST_REST)
             floor = max(floor, rest)
             self._quiet_until = max(self._quiet_until, now + rest)
-        self._raise(max(took, floor), now)
+        self._raise(floor if lasted else max(took, floor), now)
 
     def timed_out(self, took: float, now: float) -> None:
         """A failure if it had the time that an answer takes; else the caller was in a hurry, and nothing is known."""

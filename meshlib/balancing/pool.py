@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 from enum import Enum, auto
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import anyio
 
@@ -40,6 +40,9 @@ from ..names.watch import Watch
 from .failfast import Failfast, Waits
 
 __all__ = ["Pool", "SingletonPool"]
+
+SHORTEST: Final = 1.0
+"""Seconds. A session that ended sooner, as asked as it may have been, is made again after a wait."""
 
 
 class Pool:
@@ -71,7 +74,8 @@ class SingletonPool(ServiceFactory[Any, Any]):
 
     Args:
         factory: Makes sessions. A session has ``on_leave``, to be called when it takes no more requests, and
-            ``retire()``, to end once it is idle; where the protocol has leases, it calls ``on_lease``.
+            ``retire()``, to end once it is idle; where the protocol has leases, it calls ``on_lease``; where a server
+            may ask for a new connection, it says that it ended so by a true ``graceful``.
         env: The endpoint's.
     """
 
@@ -194,13 +198,21 @@ class SingletonPool(ServiceFactory[Any, Any]):
             self._returns.value += 1
             self._env.events.note("revive", "connect", endpoint=self._env.address, call=False)
         self._error = None
+        self._install(session)
+        self._settle(_State.READY)
+        self._peers.up(self._env.health)
+        self._env.health.mark("connect", Status.OPEN)
+        return None
+
+    def _install(self, session: Any) -> None:
+        """It is the one that is lent from now on."""
         self._session = session
         self._since = self._env.clock.now()
         session.on_leave = functools.partial(self._left, session)
         session.on_lease = functools.partial(self._leased, session)
-        self._settle(_State.READY)
-        self._peers.up(self._env.health)
-        self._env.health.mark("connect", Status.OPEN)
+
+    def _spare(self) -> Any:
+        """A session to go on with when the one that is lent has ended; ``None`` where there is but one."""
         return None
 
     def _failed(self, error: MeshError, first: bool) -> float | None:
@@ -234,11 +246,18 @@ class SingletonPool(ServiceFactory[Any, Any]):
         if self._env.supervisor.closed:
             return
         self._env.health.mark("lease", Status.OPEN)
+        spare = self._spare()
+        if spare is not None:
+            self._install(spare)
+            return
         self._state = _State.IDLE
         if self._waits is None:
             return
         self._peers.down(self._env.health, self._hurry)
-        wait = self._waits.after_loss(self._env.clock.now() - self._since, self._peers.all_down)
+        lasted = self._env.clock.now() - self._since
+        # A server that asks for a new connection is most likely there to accept it; one that does nothing else is not.
+        asked = getattr(session, "graceful", False) and lasted >= SHORTEST
+        wait = 0.0 if asked else self._waits.after_loss(lasted, self._peers.all_down)
         self._env.health.mark("connect", Status.BUSY, f"the session ended; reconnecting within {wait:.1f} s")
         self._start(wait)
 

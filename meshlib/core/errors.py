@@ -157,11 +157,13 @@ class Rejected(MeshError):
 
     Attributes:
         by_peer: A server said so, so the request has cost it something; else it never left this process.
+        over_rate: It was too many of a caller's, and not too many for the server: others would refuse it as well.
     """
 
     retryable = True
     processed: bool | None = False
     by_peer = False
+    over_rate = False
 
 
 class CircuitOpen(Rejected):
@@ -224,7 +226,7 @@ class RemoteError(MeshError):
         contexts: The response contexts that came with the failure, where the protocol has them.
     """
 
-    processed = True
+    processed: bool | None = True
 
     def __init__(
         self,

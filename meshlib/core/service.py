@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, ove
 if TYPE_CHECKING:
     from .env import Env
 
-__all__ = ["Call", "Filter", "Service", "ServiceFactory", "Session", "Status", "as_service", "filter"]
+__all__ = ["Call", "Filter", "Lasting", "Service", "ServiceFactory", "Session", "Status", "as_service", "filter"]
 
 Req = TypeVar("Req")
 Rep = TypeVar("Rep")
@@ -64,6 +64,14 @@ class Session(Protocol[Req_contra, Rep_co]):
 
     def release(self) -> None:
         """Give the session back. Never waits; calling it twice is the same as calling it once."""
+        ...
+
+
+class Lasting(Protocol):
+    """What goes on after a reply was given: a body that is still being read. Until its end it is load."""
+
+    def on_end(self, callback: Callable[[Exception | None], None]) -> None:
+        """Call ``callback`` at its end, with the error that it ended in, if it did."""
         ...
 
 

@@ -18,13 +18,13 @@ import contextvars
 import logging
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 import anyio
 
 from .errors import ServiceClosed
 
-__all__ = ["Job", "Supervisor"]
+__all__ = ["Job", "Supervisor", "running_trio", "soon"]
 
 logger = logging.getLogger("meshlib")
 
@@ -108,7 +108,7 @@ class Supervisor:
         if self._closed:
             raise ServiceClosed(f"{self.name} is closed")
         if self._trio is None:
-            self._trio = _running_trio()
+            self._trio = running_trio()
             self._loop = _running_loop()
         loop = None if self._trio else asyncio.get_running_loop()
         self._jobs.add(job)
@@ -138,9 +138,16 @@ class Supervisor:
     async def aclose(self) -> None:
         """Cancel every job and wait until it has ended. May be called in any task, one of its own jobs included."""
         self._closed = True
+        await self._end()
+
+    async def stop(self) -> None:
+        """Cancel every job and wait until it has ended. More may be started afterwards, on another event loop too."""
+        await self._end()
+        self._trio = self._loop = None
+
+    async def _end(self) -> None:
         if self.elsewhere:
-            # Its event loop has ended, and all tasks with it; there is nobody left to wait for.
-            self._jobs.clear()
+            self._jobs.clear()  # their event loop has ended, and all tasks with it; there is nobody left to wait for
             return
         for job in tuple(self._jobs):
             if not _is_current(job):
@@ -158,16 +165,46 @@ class Supervisor:
         return f"<Supervisor of {self.name}: {len(self._jobs)} jobs{', closed' if self._closed else ''}>"
 
 
+def soon() -> Callable[[Callable[[], Any]], None]:
+    """What runs a function in the event loop that runs now, from anywhere: a signal handler, or another thread.
+
+    It runs in a task, since anyio's scopes and events can be made nowhere else. Raises `RuntimeError` once the event
+    loop has ended.
+    """
+    trio = running_trio()
+    if trio:
+        token = trio.lowlevel.current_trio_token()
+        return lambda function: token.run_sync_soon(trio.lowlevel.spawn_system_task, _call, function)
+    loop = asyncio.get_running_loop()
+
+    def start(function: Callable[[], Any]) -> None:
+        task = loop.create_task(_call(function))
+        _CALLING.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(_CALLING.discard)
+
+    def in_asyncio(function: Callable[[], Any]) -> None:
+        loop.call_soon_threadsafe(start, function)
+
+    return in_asyncio
+
+
+async def _call(function: Callable[[], Any]) -> None:
+    function()
+
+
+_CALLING: Final[set[Any]] = set()
+
+
 def _is_current(job: Job) -> bool:
     if job.task is None:
         return False
-    trio = _running_trio()
+    trio = running_trio()
     return bool(job.task is (trio.lowlevel.current_task() if trio else asyncio.current_task()))
 
 
 def _running_loop() -> Any:
     """The event loop that runs now, as something to compare; ``None`` without one."""
-    trio = _running_trio()
+    trio = running_trio()
     if trio:
         return trio.lowlevel.current_trio_token()
     try:
@@ -176,7 +213,7 @@ def _running_loop() -> Any:
         return None
 
 
-def _running_trio() -> Any:
+def running_trio() -> Any:
     """The module trio, if it runs the current task, else ``False``. Never imports it."""
     trio = sys.modules.get("trio")
     return trio if trio is not None and trio.lowlevel.in_trio_run() else False

@@ -91,7 +91,7 @@ class Hedge(Filter[Any, Any, Any, Any]):
 
     async def apply(self, request: Any, service: Service[Any, Any]) -> Any:
         """Make the call, and once more if it is slow."""
-        if not is_idempotent(request):
+        if not is_idempotent(request) or not getattr(request, "concurrent", True):
             return await service(request)
         clock = self._now
         started = clock.now()
@@ -320,8 +320,9 @@ def hedge(extra_load: float = 0.01, *, beyond: float = 0.0) -> Hedge:
         beyond: Besides, only what has taken this many medians. With 3, a healthy service whose latencies lie close
             together is sent nothing twice, and one slow endpoint is.
 
-    Only idempotent requests are hedged, and none before there are enough samples to know what slow is. As a decorator
-    it calls the function it decorates a second time.
+    Only idempotent requests are hedged, and none before there are enough samples to know what slow is. Nor are those
+    whose attribute ``concurrent`` is false: what both copies would read can be read by one at a time. As a decorator it
+    calls the function it decorates a second time.
 
     Raises:
         ConfigurationError: A parameter is wrong; says what would be right.

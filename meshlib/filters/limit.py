@@ -110,6 +110,8 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
             if self.active >= self._easy and (self.active >= self.limit or VAR.get().priority is _SHEDDABLE):
                 raise self._refusal(request, "full")
             self.active += 1
+            if hasattr(request, "on_complete"):
+                return await self._until_complete(request, service, None)
             try:
                 return await service(request)
             finally:
@@ -125,6 +127,8 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
         else:
             await self._enter(request)
         began = self._clock.now()
+        if hasattr(request, "on_complete"):
+            return await self._until_complete(request, service, began)
         try:
             reply = await service(request)
         except BaseException as error:
@@ -135,6 +139,31 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
             return reply
         finally:
             self._leave()
+
+    async def _until_complete(self, request: Any, service: Service[Any, Any], began: float | None) -> Any:
+        """Handle a request that may be over before the service returns, and has its place until it is."""
+        inside = True
+
+        def complete() -> None:
+            nonlocal inside
+            if inside:
+                inside = False
+                if began is not None:
+                    self._succeeded(began)
+                self._leave()
+
+        request.on_complete(complete)
+        try:
+            reply = await service(request)
+        except BaseException as error:
+            if inside:
+                inside = False
+                if began is not None:
+                    self._failed(error)
+                self._leave()
+            raise
+        complete()
+        return reply
 
     # --- coming -------------------------------------------------------------------------------------------------------
 

@@ -28,11 +28,16 @@ from ..core.errors import (
 )
 from ..core.service import Filter, Service
 
-__all__ = ["ErrorMapping"]
+__all__ = ["ErrorMapping", "is_meant"]
 
 logger = logging.getLogger("meshlib.server")
 
 MEANT = (Rejected, InvalidArgument, UnknownMethod, UnknownService, DeadlineExceeded, RemoteError)
+
+
+def is_meant(error: MeshError) -> bool:
+    """Did the handler, or a layer around it, raise it to be told? What came out of a client it called was not."""
+    return isinstance(error, MEANT) and not (error.label or error.endpoint)
 
 
 class ErrorMapping(Filter[Any, Any, Any, Any]):
@@ -56,7 +61,7 @@ class ErrorMapping(Filter[Any, Any, Any, Any]):
         try:
             return await service(request)
         except MeshError as error:
-            if isinstance(error, MEANT) and not (error.label or error.endpoint):
+            if is_meant(error):
                 raise
             raise self._opaque(request, error) from error
         except Exception as error:

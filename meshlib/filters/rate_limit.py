@@ -173,7 +173,7 @@ class RateLimit(Filter[Any, Any, Any, Any]):
         self._rejected.value += 1
         over = "the deadline would pass before there is room" if code == "deadline" else "come back"
         refusal = Rejected(f"over the rate of {self.rate:g} a second: {over} in {wait:.3f} s")
-        refusal.retry_after = wait
+        refusal.retry_after, refusal.over_rate = wait, True
         self._env.events.note("rate_limit", code, refusal.message)
         if isinstance(request, Call):
             refusal.processed = None  # see `ConcurrencyLimit`: a part was refused, not the request that is being served

@@ -11,6 +11,8 @@ deadline is nearer; we wait the nearer of the two.)
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, ClassVar
 
 import anyio
@@ -74,7 +76,9 @@ class TotalTimeout(Filter[Any, Any, Any, Any]):
         try:
             if self._kept_below:
                 return await service(request)
-            with anyio.CancelScope(deadline=anyio.current_time() + (at - now)):
+            with anyio.CancelScope(deadline=anyio.current_time() + (at - now)) as scope:
+                if hasattr(request, "on_complete"):  # what is done after the reply has its own time
+                    request.on_complete(functools.partial(setattr, scope, "deadline", math.inf))
                 return await service(request)
         except DeadlineExceeded as error:
             # One with a label is another client's, called from here. Else a server may have been quicker to say it.

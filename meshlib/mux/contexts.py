@@ -14,7 +14,6 @@ be others one day.
 
 from __future__ import annotations
 
-import re
 import struct
 from typing import Final
 
@@ -22,6 +21,7 @@ from ..core.clock import Clock
 from ..core.context import Context, TraceId
 from ..core.env import Counter, NoMetrics
 from ..core.priority import Priority
+from ..core.traceparent import read_traceparent
 from .codec import DEFAULT_LIMITS, encode_contexts
 from .messages import Contexts, Dtab
 from .transit import Transit
@@ -59,7 +59,6 @@ _FOLDED: Final = {key.lower(): key for key in _KNOWN}
 """Ids are compared without regard to case, as Finagle does; everybody writes them in the same case all the same."""
 _WORDS: Final = {priority: priority.name.lower().encode() for priority in Priority}
 _PRIORITIES: Final = {word: priority for priority, word in _WORDS.items()}
-_PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 
 def encode_context(
@@ -216,18 +215,3 @@ def read_trace(value: bytes) -> TraceId:
         raise ValueError("a TraceContext without ids")
     sampled = bool(flags & SAMPLED) if flags & SAMPLING_KNOWN else None
     return TraceId(high << 64 | trace, span, None if parent == span else parent, sampled, bool(flags & DEBUG))
-
-
-def read_traceparent(value: bytes) -> TraceId:
-    """W3C ``traceparent`` (Trace Context, level 1); of later versions, the part that all share.
-
-    Raises:
-        ValueError: It is malformed.
-    """
-    match = _PARENT.match(value)
-    if match is None or match[1] == b"ff" or (match[1] == b"00" and len(value) != 55):
-        raise ValueError("a malformed traceparent")
-    trace, span = int(match[2], 16), int(match[3], 16)
-    if not (trace and span):
-        raise ValueError("a traceparent without ids")
-    return TraceId(trace, span, None, bool(int(match[4], 16) & 1))

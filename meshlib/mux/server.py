@@ -9,7 +9,8 @@ from anyio.abc import ByteStream
 
 from ..core.env import Env
 from ..core.service import Service
-from ..server import GRACE, Server
+from ..server import Server
+from ..serving import GRACE
 from .codec import DEFAULT_LIMITS, Limits
 from .connection import Connection
 from .request import Request, Response

@@ -18,7 +18,7 @@ __all__ = ["Target", "redacted"]
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 _USERINFO = re.compile(r"//[^/\s]*@")
-_PROTOCOLS = ("mux",)
+_PROTOCOLS = ("mux", "http", "https", "grpc")
 
 
 def redacted(text: str) -> str:

@@ -81,11 +81,15 @@ class _Tracing(Filter[Any, Any, Any, Any]):
                 facts["endpoint"] = decision.endpoint
             span.add_event("decision", facts, timestamp=epoch - int((now - decision.at) * 1e9))
 
-    def _end(self, span: Span, error: BaseException | None) -> None:
+    def _answered(self, span: Span, request: Any, reply: Any) -> None:
+        """What is known once there is a reply."""
+        if reply is not None:
+            span.set_attribute("rpc.status_code", "OK")
+
+    def _end(self, span: Span, error: BaseException | None, request: Any, reply: Any) -> None:
         if span.is_recording():
-            if error is None:
-                span.set_attribute("rpc.status_code", "OK")
-            else:
+            self._answered(span, request, reply)
+            if error is not None:
                 expired = not isinstance(error, Exception) and passed(VAR.get().deadline, self.env.clock)
                 span.set_attribute("error.type", "DeadlineExceeded" if expired else type(error).__name__)
                 span.set_status(Status(StatusCode.ERROR, str(error)))
@@ -129,8 +133,10 @@ class ClientTracing(_Tracing):
         record = CallRecord(self.env.clock.now(), context.attempt > 0)
         token = VAR.set(context.evolve(trace=child, record=record))
         error: BaseException | None = None
+        reply = None
         try:
-            return await service(request)
+            reply = await service(request)
+            return reply
         except BaseException as e:
             error = e
             raise
@@ -140,7 +146,7 @@ class ClientTracing(_Tracing):
                 for attempt in record.attempts:
                     span.add_event("attempt", {"endpoint": attempt.endpoint, "outcome": attempt.outcome or ""})
                 self._tell(span, record)
-            self._end(span, error)
+            self._end(span, error, request, reply)
 
 
 class ServerTracing(_Tracing):
@@ -151,9 +157,16 @@ class ServerTracing(_Tracing):
     async def apply(self, request: Any, service: Service[Any, Any]) -> Any:
         """Handle the request under the caller's trace."""
         tracer = self._listener()
-        if tracer is None:
-            return await service(request)
         context = VAR.get()
+        if tracer is None:
+            if context.trace is not None:
+                return await service(request)
+            # A caller that knows no traces; what it sets off belongs together all the same, in logs if nowhere else.
+            token = VAR.set(context.evolve(trace=TraceId(self._bits(128) or 1, self._bits(64) or 1)))
+            try:
+                return await service(request)
+            finally:
+                VAR.reset(token)
         # Without a caller's trace it is a root, whatever span was current when the server was started.
         parent, links = (NOBODY, ()) if context.trace is None else parent_of(context.trace)
         within = otel.set_span_in_context(otel.NonRecordingSpan(parent))
@@ -165,9 +178,11 @@ class ServerTracing(_Tracing):
         record.opened = True
         token = VAR.set(context.evolve(trace=trace_id(span.get_span_context(), parent, debug=debug), record=record))
         error: BaseException | None = None
+        reply = None
         try:
             with otel.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False):
-                return await service(request)
+                reply = await service(request)
+            return reply
         except BaseException as e:
             error = e
             raise
@@ -175,7 +190,7 @@ class ServerTracing(_Tracing):
             VAR.reset(token)
             if record.decisions and span.is_recording():
                 self._tell(span, record)
-            self._end(span, error)
+            self._end(span, error, request, reply)
 
 
 NOBODY = SpanContext(0, 0, is_remote=True)

@@ -33,6 +33,8 @@ from tests.interop.finagle.peer import Err, FinagleClient, FinagleServer, Ok, pa
 
 from .peer import Call
 
+pytestmark = pytest.mark.timeout(300)
+"""The first test waits until Maven has brought Finagle, and javac is done."""
 REQUEST_HEADERS = b"com.twitter.finagle.thrift.Request.headers"
 RESPONSE_HEADERS = b"com.twitter.finagle.thrift.Response.headers"
 REJECTED, NON_RETRYABLE = 1 << 3, 1 << 4

@@ -112,6 +112,6 @@ async def test_no_call_fails_while_three_servers_are_restarted_one_by_one(
     assert failures == []
     numbers = client.metrics()
     assert numbers["requests"] == numbers["success"] == calls > RATE
-    assert numbers["pool/connects"] == 6
+    assert 5 <= numbers["pool/connects"] <= 6  # one that was replaced before its first call is connected to but once
     if how is signal.SIGKILL:
         assert numbers["retries/retries"] > 0, "nothing was under way when the servers died: the test shows nothing"

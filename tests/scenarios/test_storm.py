@@ -44,9 +44,11 @@ async def test_a_storm_of_cancelled_calls_leaves_nothing_behind() -> None:
             async with anyio.create_task_group() as group:
                 for _ in range(AT_ONCE):
                     lives = rng.choice((0.0, rng.uniform(0, 0.005), rng.uniform(0, 0.1)))
+                    if rng.random() < 0.05:  # some are answered however slow the machine is
+                        lives = 30.0
                     group.start_soon(call, lives, rng.uniform(0, 0.02))
         assert sum(outcomes.values()) == CALLS
-        assert min(outcomes.values()) > CALLS // 50, outcomes
+        assert min(outcomes.values()) > CALLS // 100, outcomes
 
         assert (await client(mux.Request(b"0"))).body == b"0"
         [session] = server.connections
