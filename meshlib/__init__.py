@@ -15,6 +15,8 @@
             print(await greeter.hello("world"))
 """
 
+import typing
+
 from . import mux
 from .balancing.accrual import failure_accrual
 from .balancing.aperture import aperture
@@ -76,8 +78,12 @@ from .names.dtab import Dtab
 from .names.explain import delegate
 from .names.local import dtab
 from .names.resolve import resolve
-from .typed.client import TypedClient, client, serve
+from .typed.client import TypedClient, client
 from .typed.contract import rpc
+from .typed.server import asgi, serve
+
+if typing.TYPE_CHECKING:
+    from . import grpc, http
 
 __version__ = "0.1.0"
 
@@ -118,6 +124,7 @@ __all__ = [
     "adaptive",
     "announce",
     "aperture",
+    "asgi",
     "balance",
     "base_dtab",
     "circuit_breaker",
@@ -133,8 +140,10 @@ __all__ = [
     "failure_accrual",
     "fault",
     "filter",
+    "grpc",
     "heap",
     "hedge",
+    "http",
     "least_loaded",
     "mux",
     "outlier_detection",
@@ -157,3 +166,12 @@ __all__ = [
     "timeout",
     "use",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    # What needs a package of its own is loaded when it is first touched.
+    if name in ("http", "grpc"):
+        import importlib
+
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,30 +1,91 @@
-"""Typed clients: an object whose methods are calls, and the `serve` and `client` that users type."""
+"""Typed clients: an object whose methods are calls, over any of the protocols.
+
+=========  =============================  ===============================================================
+protocol   target                         on the wire
+=========  =============================  ===============================================================
+mux        any; ``mux://…``               MessagePack
+http       any; ``http://…``              JSON; anybody can call it
+grpc       any; ``grpc://…``              MessagePack, between meshlib's own peers
+=========  =============================  ===============================================================
+"""
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from ..balancing.node import Node
-from ..client import Client
+from ..core.env import Env
 from ..core.errors import ConfigurationError, InvalidArgument, InvalidReply, MeshError, RemoteError, shown
 from ..core.events import Decisions
 from ..core.service import Status
-from ..mux import Limits, Request, Response
+from ..mux import Request
 from ..mux import client as mux_client
-from ..mux import serve as mux_serve
-from ..server import GRACE, Server
 from .codec import MethodCodec
 from .contract import contracts_of, methods_of
-from .service import RAISED, TypedService
+from .formats import JSON, MSGPACK, Format
+from .service import RAISED
 
 if TYPE_CHECKING:
     from ..names.delegation import Delegation
 
-__all__ = ["TypedClient", "client", "serve"]
+__all__ = ["Protocol", "TypedClient", "client"]
 
 T = TypeVar("T")
+Protocol = Literal["mux", "http", "grpc"]
+_SCHEMES: Final[dict[str, Protocol]] = {"http": "http", "https": "http", "grpc": "grpc"}
+
+
+class Raw(typing.Protocol):
+    """What a protocol's client is to a typed one: bytes in, bytes out, and the face of `Client`."""
+
+    @property
+    def env(self) -> Env:
+        """Its label and name."""
+        ...
+
+    @property
+    def status(self) -> Status:
+        """As `Client`."""
+        ...
+
+    @property
+    def endpoints(self) -> tuple[Node, ...]:
+        """As `Client`."""
+        ...
+
+    @property
+    def events(self) -> Decisions:
+        """As `Client`."""
+        ...
+
+    async def __call__(self, request: Request) -> Any:
+        """Make one call; the reply has ``body`` and ``contexts``, as a `Response` has."""
+        ...
+
+    async def delegate(self) -> Delegation:
+        """As `Client`."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """As `Client`."""
+        ...
+
+    async def aclose(self) -> None:
+        """As `Client`."""
+        ...
+
+    async def __aenter__(self) -> Any:
+        """As `Client`."""
+        ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """As `Client`."""
+        ...
 
 
 class TypedClient(Generic[T]):
@@ -37,12 +98,12 @@ class TypedClient(Generic[T]):
     stub: T
     """The object whose methods are calls."""
 
-    def __init__(self, contract: type[T], raw: Client[Request, Response]) -> None:
+    def __init__(self, contract: type[T], raw: Raw, form: Format = MSGPACK) -> None:
         self.contract = contract
         self.raw = raw
         stub = _Stub(contract.__name__, raw)
         for name, method in methods_of(contract).items():
-            setattr(stub, name, _calling(raw, MethodCodec(method)))
+            setattr(stub, name, _calling(raw, MethodCodec(method, form)))
         self.stub = stub  # type: ignore[assignment]
 
     async def __aenter__(self) -> T:
@@ -93,7 +154,7 @@ class TypedClient(Generic[T]):
 class _Stub:
     """Has the methods of a contract."""
 
-    def __init__(self, name: str, raw: Client[Request, Response]) -> None:
+    def __init__(self, name: str, raw: Raw) -> None:
         self.__dict__["_name"] = name
         self.__dict__["_raw"] = raw
 
@@ -105,7 +166,7 @@ class _Stub:
         return f"<client of {vars(self)['_name']} at {vars(self)['_raw'].env.name}>"
 
 
-def _calling(raw: Client[Request, Response], codec: MethodCodec) -> Callable[..., Coroutine[Any, Any, Any]]:
+def _calling(raw: Raw, codec: MethodCodec) -> Callable[..., Coroutine[Any, Any, Any]]:
     dest, idempotent = codec.method.dest, codec.method.idempotent
 
     async def call(*args: Any, **kwargs: Any) -> Any:
@@ -142,17 +203,23 @@ def _raised(codec: MethodCodec, name: str, body: bytes) -> Exception:
     return exception.decode(body)
 
 
-def client(contract: type[T], target: str, *layers: Any, label: str = "", **options: Any) -> TypedClient[T]:
+def client(
+    contract: type[T], target: str, *layers: Any, protocol: Protocol | None = None, label: str = "", **options: Any
+) -> TypedClient[T]:
     """A client of the services that implement ``contract``.
 
     Args:
         contract: A class with ``@rpc`` methods: the implementation itself, or the contract that both sides share.
         target: Where: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``,
             ``dns://…``, ``srv://…``, ``zk://…``, ``k8s://…``, or a logical path, which Dtabs make one of these of.
+            ``http://host:port`` and ``grpc://host:port`` say the protocol as well.
         layers: Each replaces the default at its place (`default_layers` in ``meshlib/client.py``); plain filters are
             added.
+        protocol: ``mux``, ``http`` or ``grpc``; by default what the target says, else ``mux``.
         label: What the client is called in metrics, spans and errors; by default the contract's name.
-        options: ``limits``, ``stack``, ``classifier``, ``clock``, ``seed``: see `meshlib.mux.client`.
+        options: ``stack``, ``classifier``, ``clock``, ``seed``, and the protocol's own: see `meshlib.mux.client`
+            (``limits``), `meshlib.typed.over_http.http_client` (``ssl``, ``server_name``, ``http2``),
+            `meshlib.grpc.rpc.rpc_client` (``ssl``, ``config``, ``max_message``).
 
     Raises:
         ConfigurationError: The contract, the target or a layer makes no sense; says why.
@@ -161,39 +228,17 @@ def client(contract: type[T], target: str, *layers: Any, label: str = "", **opti
         raise ConfigurationError(f"client({contract!r}, …): give the class with the @rpc methods first")
     if not contracts_of(contract):
         raise ConfigurationError(f"{contract.__name__} has no @rpc methods")
-    return TypedClient(contract, mux_client(target, *layers, label=label or contract.__name__, **options))
+    label = label or contract.__name__
+    scheme = target.partition("://")[0] if isinstance(target, str) else ""
+    chosen = protocol or _SCHEMES.get(scheme, "mux")
+    if chosen == "mux":
+        return TypedClient(contract, mux_client(target, *layers, label=label, **options))
+    if chosen == "http":
+        from .over_http import http_client  # which needs httpx
 
+        return TypedClient(contract, http_client(target, *layers, label=label, **options), JSON)
+    if chosen == "grpc":
+        from ..grpc.rpc import rpc_client  # which needs grpclib
 
-def serve(
-    services: Any,
-    address: str = "mux://127.0.0.1:0",
-    *layers: Any,
-    label: str = "",
-    grace: float = GRACE,
-    limits: Limits | None = None,
-    **options: Any,
-) -> Server:
-    """Serve one object with ``@rpc`` methods, or a list of them: ``async with`` it, or ``await`` it.
-
-    Args:
-        services: The objects.
-        address: ``mux://host:port`` (port 0 takes a free one), ``host:port`` or ``unix:///path``.
-        layers: Each replaces the default at its place; plain filters are added above the handlers. See
-            `default_layers` in ``meshlib/server.py``.
-        label: What the server is called in metrics, spans and logs; by default its services' names.
-        grace: Seconds that closing waits for requests under way.
-        limits: What a client may ask of us.
-        options: ``announce``, ``advertise``, ``trust_context``, ``stack``, ``clock``, ``seed``: see
-            `meshlib.mux.serve`.
-
-    Raises:
-        ConfigurationError: A service, the address or a layer makes no sense; says why.
-    """
-    typed = TypedService(*(services if isinstance(services, list | tuple) else (services,)))
-    scheme, slashes, rest = address.partition("://")
-    if slashes and scheme not in ("mux", "unix"):
-        raise ConfigurationError(f"serve(…, {address!r}): expected mux://host:port or unix:///path")
-    where = rest if scheme == "mux" else address
-    if limits is not None:
-        options["limits"] = limits
-    return mux_serve(typed, where, *layers, label=label or ", ".join(typed.services), grace=grace, **options)
+        return TypedClient(contract, rpc_client(target, *layers, label=label, **options))
+    raise ConfigurationError(f"client(…, protocol={protocol!r}): expected 'mux', 'http' or 'grpc'")

@@ -1,4 +1,4 @@
-"""Arguments, results and declared exceptions as MessagePack, checked against their declared types.
+"""Arguments, results and declared exceptions as bytes, in a `Format`, checked against their declared types.
 
 Arguments travel as a map by name, and only those that the caller gave: a server that knows more parameters fills in
 its defaults, one that knows fewer passes over what it does not know. That is what lets either side add an optional
@@ -19,13 +19,15 @@ import msgspec
 
 from ..core.errors import ConfigurationError, InvalidArgument, InvalidReply
 from .contract import Method
+from .formats import MSGPACK, Format
 
 __all__ = ["ExceptionCodec", "MethodCodec"]
 
-_encode = msgspec.msgpack.Encoder().encode
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _UNFIT: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 """What bytes that do not fit raise: msgspec's own errors, those of the types it fills, and too deep a nesting."""
+UNPROCESSABLE: Final = 422
+"""What a declared exception is over HTTP if it does not say: an answer, no failure of the server (RFC 9110 15.5.21)."""
 _IMMUTABLE: Final = (type(None), bool, int, float, str, bytes)
 
 
@@ -40,28 +42,36 @@ def _located(error: Exception) -> tuple[str, str]:
 class MethodCodec:
     """Between one method's calls and bytes.
 
+    Args:
+        method: The method.
+        form: The bytes.
+
+    Attributes:
+        arguments: Its parameters as a type of msgspec's, a field each.
+
     Raises:
-        ConfigurationError: A type in its signature is none that MessagePack can carry.
+        ConfigurationError: A type in its signature is none that the format can carry.
     """
 
-    __slots__ = ("_arguments", "_names", "_required", "_result", "exceptions", "method")
+    __slots__ = ("_arguments", "_encode", "_names", "_required", "_result", "arguments", "exceptions", "method")
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, form: Format = MSGPACK) -> None:
         self.method = method
+        self._encode = form.encode
         fields: list[Any] = []
         for p in method.signature.parameters.values():
             kind = method.hints.get(p.name, Any)
             fields.append((p.name, kind) if p.default is p.empty else (p.name, kind, _default(p.default)))
         try:
-            arguments = msgspec.defstruct(f"{method.service}_{method.name}", fields, kw_only=True)
-            self._arguments = msgspec.msgpack.Decoder(arguments)
-            self._result = msgspec.msgpack.Decoder(method.hints.get("return", Any))
+            self.arguments = msgspec.defstruct(f"{method.service}_{method.name}", fields, kw_only=True)
+            self._arguments = form.decoder(self.arguments)
+            self._result = form.decoder(method.hints.get("return", Any))
         except TypeError as error:
             raise ConfigurationError(f"{method}: {error}") from error
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
         self._names = [p.name for p in method.signature.parameters.values() if p.kind is positional]
         self._required = frozenset(p.name for p in method.signature.parameters.values() if p.default is p.empty)
-        self.exceptions = {kind.__name__: ExceptionCodec(kind) for kind in method.raises}
+        self.exceptions = {kind.__name__: ExceptionCodec(kind, form) for kind in method.raises}
 
     def encode_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """What the caller wrote between the parentheses.
@@ -76,7 +86,7 @@ class MethodCodec:
         if len(args) + len(kwargs) != len(given) or not self._required <= given.keys():
             self._misfit(args, kwargs)
         try:
-            body = _encode(given)
+            body = self._encode(given)
             self._arguments.decode(body)
         except (TypeError, *_UNFIT) as error:
             what, path = _located(error)
@@ -106,13 +116,27 @@ class MethodCodec:
             what, path = _located(error)
             raise self._invalid(what, path) from error
 
+    def encode_texts(self, texts: dict[str, str]) -> bytes:
+        """The arguments, given as texts: those of a query string. What is not given is left to the handler's defaults.
+
+        Raises:
+            InvalidArgument: They do not fit; ``path`` says where.
+        """
+        try:
+            converted = msgspec.convert(texts, self.arguments, strict=False)
+            known = self.method.signature.parameters
+            return self._encode({name: getattr(converted, name) for name in texts if name in known})
+        except (TypeError, *_UNFIT) as error:
+            what, path = _located(error)
+            raise self._invalid(what, path) from error
+
     def encode_result(self, result: Any) -> bytes:
         """The handler's result.
 
         Raises:
-            TypeError: It is of a type that MessagePack cannot carry.
+            TypeError: It is of a type that the format cannot carry.
         """
-        return _encode(result)
+        return self._encode(result)
 
     def decode_result(self, body: bytes) -> Any:
         """The result.
@@ -138,35 +162,54 @@ class MethodCodec:
 def _default(value: Any) -> Any:
     if type(value) in _IMMUTABLE:
         return value
-    return msgspec.field(default_factory=lambda: copy.deepcopy(value))
+    # What one call may change must not be another's; anything else is passed as it is: its identity may count.
+    changeable = isinstance(value, list | dict | set | bytearray | msgspec.Struct) or dataclasses.is_dataclass(value)
+    return msgspec.field(default_factory=(lambda: copy.deepcopy(value)) if changeable else (lambda: value))
 
 
 class ExceptionCodec:
-    """Between instances of one exception class and bytes."""
+    """Between instances of one exception class and bytes.
 
-    __slots__ = ("_decoder", "_hints", "kind")
+    Args:
+        kind: The class. Its attribute ``status``, if it is an HTTP status of 400 to 599, is its status over HTTP.
+        form: The bytes.
 
-    def __init__(self, kind: type[Exception]) -> None:
+    Attributes:
+        kind: As given.
+        fields: A dataclass's fields as a type of msgspec's; ``None`` for other classes.
+        status: Its status over HTTP.
+    """
+
+    __slots__ = ("_decoder", "_encode", "_hints", "_plain", "fields", "kind", "status")
+
+    def __init__(self, kind: type[Exception], form: Format = MSGPACK) -> None:
         self.kind = kind
+        self._encode = form.encode
+        self._plain = form.decoder(tuple[list[Any], dict[str, Any]])
         try:
             self._hints = get_type_hints(kind)
         except Exception as error:
             raise ConfigurationError(f"exception {kind.__name__}: cannot resolve its annotations: {error}") from error
         self._decoder: Any = None
+        self.fields: type[msgspec.Struct] | None = None
+        status = getattr(kind, "status", None)
+        plain = isinstance(status, int) and not isinstance(status, bool) and 400 <= status <= 599
+        self.status: int = status if plain else UNPROCESSABLE  # type: ignore[assignment]  # it is an int if plain
         if dataclasses.is_dataclass(kind):
             fields = [(f.name, self._hints.get(f.name, Any)) for f in dataclasses.fields(kind) if f.init]
-            self._decoder = msgspec.msgpack.Decoder(msgspec.defstruct(kind.__name__, fields, kw_only=True))
+            self.fields = msgspec.defstruct(kind.__name__, fields, kw_only=True)
+            self._decoder = form.decoder(self.fields)
 
     def encode(self, error: Exception) -> bytes:
         """Its fields.
 
         Raises:
-            TypeError: One of them is of a type that MessagePack cannot carry.
+            TypeError: One of them is of a type that the format cannot carry.
         """
         if self._decoder is not None:
-            return _encode({name: getattr(error, name) for name in self._decoder.type.__struct_fields__})
+            return self._encode({name: getattr(error, name) for name in self._decoder.type.__struct_fields__})
         fields = {k: v for k, v in vars(error).items() if not k.startswith("__")}
-        return _encode((error.args, fields))
+        return self._encode((error.args, fields))
 
     def decode(self, body: bytes) -> Exception:
         """The exception, as it was raised.
@@ -177,7 +220,7 @@ class ExceptionCodec:
         try:
             if self._decoder is not None:
                 return self.kind(**msgspec.structs.asdict(self._decoder.decode(body)))
-            args, fields = _PLAIN.decode(body)
+            args, fields = self._plain.decode(body)
             error = self.kind.__new__(self.kind, *args)
             error.args = tuple(args)
             for name, value in fields.items():
@@ -187,6 +230,3 @@ class ExceptionCodec:
             raise InvalidReply(
                 f"the server raised {self.kind.__name__}, in a form that does not fit it: {error}"
             ) from error
-
-
-_PLAIN = msgspec.msgpack.Decoder(tuple[list[Any], dict[str, Any]])

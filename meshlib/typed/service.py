@@ -7,8 +7,9 @@ from typing import Any
 
 from ..core.errors import ConfigurationError, UnknownMethod, UnknownService, shown
 from ..mux import Request, Response
-from .codec import MethodCodec
+from .codec import ExceptionCodec, MethodCodec
 from .contract import contracts_of, methods_of
+from .formats import MSGPACK, Format
 
 __all__ = ["RAISED", "TypedService"]
 
@@ -17,16 +18,20 @@ RAISED = b"meshlib.raised"
 
 
 class TypedService:
-    """A Mux service that calls the ``@rpc`` methods of one or several objects.
+    """A service that calls the ``@rpc`` methods of one or several objects: `Request` in, `Response` out.
 
     Args:
         implementations: The objects. Each is offered under the name of every contract it implements.
+        form: What the bodies are.
+
+    Attributes:
+        services: The names of the methods of each service, by its name.
 
     Raises:
         ConfigurationError: One has no ``@rpc`` methods, or two offer the same contract.
     """
 
-    def __init__(self, *implementations: Any) -> None:
+    def __init__(self, *implementations: Any, form: Format = MSGPACK) -> None:
         self._methods: dict[str, tuple[Any, MethodCodec]] = {}
         self.services: dict[str, list[str]] = {}
         for implementation in implementations:
@@ -41,7 +46,7 @@ class TypedService:
                 methods = methods_of(contract)
                 self.services[contract.__name__] = sorted(methods)
                 for name, method in methods.items():
-                    self._methods[method.dest] = (getattr(implementation, name), MethodCodec(method))
+                    self._methods[method.dest] = (getattr(implementation, name), MethodCodec(method, form))
 
     async def __call__(self, request: Request) -> Response:
         """Call the method that the request names.
@@ -62,8 +67,29 @@ class TypedService:
             exception = codec.exception_codec(error)
             if exception is None:
                 raise
-            return Response(exception.encode(error), ((RAISED, exception.kind.__name__.encode()),))
+            return self.raised(exception, error)
         return Response(codec.encode_result(result))
+
+    def raised(self, codec: ExceptionCodec, error: Exception) -> Response:
+        """How a declared exception is told."""
+        return Response(codec.encode(error), ((RAISED, codec.kind.__name__.encode()),))
+
+    def codec(self, dest: str) -> MethodCodec:
+        """The codec of the method with that path.
+
+        Raises:
+            UnknownService: There is no such service.
+            UnknownMethod: It has no such method.
+        """
+        found = self._methods.get(dest)
+        if found is None:
+            raise self._unknown(dest)
+        return found[1]
+
+    @property
+    def codecs(self) -> Iterable[MethodCodec]:
+        """Those of all methods."""
+        return [codec for _, codec in self._methods.values()]
 
     def _unknown(self, dest: str) -> UnknownService | UnknownMethod:
         service, _, method = dest.removeprefix("/").partition("/")

@@ -100,6 +100,11 @@ class Shop:
     async def untyped(self, x, y=2):
         return [x, y]
 
+    @rpc(idempotent=True)
+    async def look(self) -> None:
+        self.calls += 1
+        raise RuntimeError("it is dark")
+
     @rpc(raises=[NotFound, Refused])
     async def find(self, key: str) -> str:
         self.calls += 1

@@ -52,7 +52,7 @@ def test_the_decorator_leaves_the_function_as_it_was() -> None:
         (lambda: meshlib.serve(Shop), r"serve an instance, not the class: Shop\(…\)"),
         (lambda: meshlib.serve(3), "int has no @rpc methods to serve"),
         (lambda: meshlib.serve([Shop(), Shop()]), "two services of the name Shop"),
-        (lambda: meshlib.serve(Shop(), "http://127.0.0.1:80"), "expected mux://host:port"),
+        (lambda: meshlib.serve(Shop(), "ftp://127.0.0.1:80"), "expected mux://host:port"),
         (lambda: meshlib.serve(Shop(), "mux://127.0.0.1"), "expected host:port"),
         (lambda: MethodCodec(methods_of(_Unsendable)["method"]), "Unsendable.method"),
         (lambda: methods_of(_Unresolvable), "cannot resolve its annotations"),
