@@ -1,0 +1,1 @@
+"""Stubs that grpclib's plugin has generated."""

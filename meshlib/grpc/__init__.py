@@ -1,0 +1,43 @@
+"""gRPC: the stubs that people already have, and the handlers, with the whole stack inside.
+
+::
+
+    GreeterStub(meshlib.grpc.Channel("dns://greeter.prod:50051"))
+    async with meshlib.grpc.serve([GreeterHandler()], "127.0.0.1:50051") as server: ...
+
+It stands upon grpclib, and runs on asyncio alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .channel import Channel
+    from .limits import Limits
+    from .methodconfig import service_config
+    from .pool import connections
+    from .server import Server, serve
+
+__all__ = ["Channel", "Limits", "Server", "connections", "serve", "service_config"]
+
+_WHERE = {
+    "Channel": (".channel", "Channel"),
+    "Limits": (".limits", "Limits"),
+    "Server": (".server", "Server"),
+    "connections": (".pool", "connections"),
+    "serve": (".server", "serve"),
+    "service_config": (".methodconfig", "service_config"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Whoever has a client needs no server.
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _WHERE[name]
+    value = getattr(importlib.import_module(module, __name__), attribute)
+    globals()[name] = value
+    return value
