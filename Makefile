@@ -15,7 +15,7 @@ demo: $(VENV)/.ready-demo
 	$(PY) -m examples.echo
 
 test: lint
-	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -n 3 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-test
 	$(PY) -m ruff check .
@@ -26,6 +26,8 @@ lint: $(VENV)/.ready-test
 bench: $(VENV)/.ready-bench
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.layers
+	$(PY) -m benchmarks.http
+	$(PY) -m benchmarks.grpc
 
 $(VENV)/bin/pip:
 	sh .ci/system-parts python
@@ -42,7 +44,7 @@ $(VENV)/.ready-test: $(VENV)/bin/pip pyproject.toml .ci/system-parts
 	touch $@
 
 $(VENV)/.ready-bench: $(VENV)/bin/pip pyproject.toml
-	$(PIP) install --editable ".[uvloop]" --group bench
+	$(PIP) install --editable ".[uvloop,http,httpx2,grpc]" --group bench
 	touch $@
 
 clean:

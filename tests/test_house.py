@@ -19,8 +19,9 @@ FLOORS = [
     ["core"],
     ["telemetry", "names"],
     ["filters", "balancing"],
+    ["serving"],
     ["client", "server"],
-    ["mux"],
+    ["mux", "http", "grpc"],
     ["typed"],
     ["meshlib"],
     ["testing"],
@@ -39,15 +40,24 @@ GUESTS = {
     ],
     "opentelemetry": ["meshlib/telemetry/"],
     "tenacity": ["meshlib/filters/retry.py"],
-    "asyncio": ["meshlib/core/supervisor.py"],
-    "httpx": ["meshlib/names/kubernetes/"],
+    "asyncio": ["meshlib/core/supervisor.py", "meshlib/grpc/"],
+    "httpx": ["meshlib/http/for_httpx.py", "meshlib/names/kubernetes/"],
+    "httpx2": ["meshlib/http/for_httpx2.py"],
+    "uvicorn": ["meshlib/http/engines.py"],
+    "hypercorn": ["meshlib/http/engines.py"],
+    "h2": ["meshlib/grpc/", "meshlib/http/http2.py", "meshlib/http/streams.py"],
+    "hpack": ["meshlib/grpc/"],
+    "hyperframe": ["meshlib/grpc/", "meshlib/http/http2.py"],
+    "grpclib": ["meshlib/grpc/"],
+    "multidict": ["meshlib/grpc/"],
+    "google": ["meshlib/grpc/"],
     "dns": ["meshlib/names/dns/"],
     "kazoo": ["meshlib/names/zookeeper/"],
     "trio": ["meshlib/testing/virtual.py"],
     "yaml": ["meshlib/names/kubernetes/kubeconfig.py"],
     "socksio": ["meshlib/names/kubernetes/config.py"],
 }
-LAZY = {"socksio", "tenacity", "trio", "yaml"}
+LAZY = {"hypercorn", "socksio", "tenacity", "trio", "uvicorn", "yaml"}
 TRIO = ["meshlib/core/supervisor.py", "meshlib/core/clock.py"]
 """Where trio is looked for among the modules that are loaded. It is imported by virtual time alone."""
 
@@ -55,13 +65,17 @@ OPTIONAL = [
     "trio",
     "uvloop",
     "httpx",
+    "httpx2",
     "grpclib",
+    "h2",
+    "hypercorn",
     "kazoo",
     "dns",
     "yaml",
     "opentelemetry.sdk",
     "prometheus_client",
     "tenacity",
+    "uvicorn",
 ]
 YARDSTICK = "import asyncio, anyio, msgspec, opentelemetry.trace"
 

@@ -286,7 +286,7 @@ PARTS: dict[str, Example] = {
 
 OTHERS = {
     "classifier", "classify", "retry_connection_losses", "retry_server_errors", "retry_timeouts",  # of outcomes
-    "client", "serve", "rpc", "filter",  # what layers are given to, or made with
+    "asgi", "client", "serve", "rpc", "filter",  # what layers are given to, or made with
     "current", "remaining", "use",  # the context
     "announce", "delegate", "dtab", "resolve",  # names
 }  # fmt: skip
