@@ -350,6 +350,28 @@ def test_the_greater_part_is_held(listed, wait):
     assert ports(smoothing) == list(listed)
 
 
+def test_those_that_return_one_by_one_are_waited_for():
+    smoothing = Smoothing()
+    smoothing.see(some(1, 2, 3), 0)
+    smoothing.see(some(), 0)
+    smoothing.see(some(1), 3)
+    smoothing.see(some(1, 2), 6)  # the third is the smaller part now, and has been away for longer than BRIEF
+    assert ports(smoothing) == [1, 2, 3]
+    assert smoothing.deadline == 6 + BRIEF
+    smoothing.settle(6 + BRIEF)
+    assert ports(smoothing) == [1, 2]
+
+
+def test_those_that_return_forever_keep_no_other_for_longer_than_the_hold():
+    smoothing = Smoothing()
+    smoothing.see(some(1, 2, 3, 4), 0)
+    for tenth in range(int(HOLD * 10)):
+        smoothing.see(some(1, 2, 3) if tenth % 2 else some(1, 2), tenth / 10)
+    assert ports(smoothing) == [1, 2, 3, 4]
+    smoothing.settle(HOLD)
+    assert ports(smoothing) == [1, 2, 3]
+
+
 def test_the_time_begins_again_after_an_outage():
     smoothing = Smoothing()
     smoothing.see(some(1, 2, 3), 0)

@@ -10,6 +10,8 @@ Here the wait depends on how much vanishes:
   that registers again within this time never left.
 * When more are missing than are still listed, the last one included, all of them wait for `HOLD`, Finagle's epoch.
   That is a path deleted by mistake, or an ensemble that expired its sessions: those who live will be back.
+* They come back one by one. When so many have that the rest are the smaller part, each of these has `BRIEF` from the
+  last return on, and `HOLD` in all.
 
 Time counts from the listing that lacks them, and begins again when the connection was lost in between: nothing is
 removed because of what a registry said before it failed. What stays wrongly costs a connect: a dead endpoint is marked
@@ -50,10 +52,13 @@ class Smoothing:
         self._hold = hold
         self._listed: dict[Address, Address] = {}
         self._missing: dict[Address, tuple[Address, float]] = {}
+        self._returned_at = float("-inf")
         self.doubted = False
 
     def see(self, listed: dict[Address, Address], now: float) -> None:
         """A new listing; keys and values are the same addresses, of which the values have the newest weights."""
+        if not listed.keys().isdisjoint(self._missing):
+            self._returned_at = now
         missing = {}
         for old in self.addresses:
             if old not in listed:
@@ -71,8 +76,8 @@ class Smoothing:
         """Let those go whose time is over. While the last listing is in doubt it is not."""
         if self.doubted:
             return
-        wait = self._wait
-        self._missing = {a: (a, since) for a, since in self._missing.values() if now < since + wait}
+        end = self._end
+        self._missing = {a: (a, since) for a, since in self._missing.values() if now < end(since)}
         self.addresses = (*self._listed.values(), *self._missing)
 
     @property
@@ -81,8 +86,10 @@ class Smoothing:
         if self.doubted:
             return None
         first = min((since for _, since in self._missing.values()), default=None)
-        return None if first is None else first + self._wait
+        return None if first is None else self._end(first)
 
-    @property
-    def _wait(self) -> float:
-        return self._hold if len(self._missing) > len(self._listed) else self._brief
+    def _end(self, since: float) -> float:
+        """Until when one that is missing since then stays."""
+        if len(self._missing) > len(self._listed):
+            return since + self._hold
+        return min(since + self._hold, max(since, self._returned_at) + self._brief)
