@@ -4,7 +4,8 @@ Updates are applied as a difference: an endpoint that stays keeps its node, with
 leaves gets no new requests and is closed when its last one is answered.
 
 While no endpoint is ready, requests wait for the first one, for at most `PATIENCE` seconds after the last was lost;
-from then on they fail at once, with the reason for each endpoint, until one is ready again.
+from then on they fail at once, with the reason for each endpoint, until one is ready again. A request that is less
+patient says so (`patience_of`); nobody waits for a name whose source says that there is none, and will not look again soon.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import anyio
 
 from ..core.classify import ResponseClass, classify
 from ..core.context import VAR
-from ..core.deadlines import kept, passed
+from ..core.deadlines import kept, passed, patience_of
 from ..core.env import Env, elsewhere
 from ..core.errors import (
     ConfigurationError,
@@ -119,7 +120,7 @@ class Balancer:
         context = VAR.get()
         record = context.record
         if not self._serving:
-            await self._first_ready()
+            await self._first_ready(request)
         now = self._clock.now()
         routing = self._routing
         if routing.stale and routing.due(len(self._nodes), now):
@@ -228,31 +229,43 @@ class Balancer:
         else:
             meter.failed(now - began, now, rest=getattr(reply, "retry_after", None))
 
-    async def _first_ready(self) -> None:
+    async def _first_ready(self, request: Any) -> None:
         if self._env.supervisor.elsewhere:
             raise elsewhere(self._env)  # nothing will ever become ready here
         now = self._clock.now()
         if self._unready_since is None:
             self._unready_since = now
         patient = self._unready_since + PATIENCE
+        own = now + patience_of(request, PATIENCE)
+        impatient = own < patient
+        patient = min(own, patient)
         deadline = VAR.get().deadline
         left = (patient if deadline is None else min(patient, deadline)) - now
         with anyio.CancelScope(deadline=anyio.current_time() + max(0.0, left)):
-            while not self._serving and not self._closed and left > 0:
+            while not self._serving and not self._closed and left > 0 and not self._hopeless:
                 if self._someone_ready is None:
                     self._someone_ready = anyio.Event()
                 await self._someone_ready.wait()
         if self._closed:
             raise ServiceClosed("the client is closed")
-        if not self._serving and deadline is not None and deadline < patient:
-            raise kept(self._none_ready().message)
-        if not self._serving:
-            raise self._none_ready()
+        if self._serving:
+            return
+        if self._hopeless:
+            raise self._none_ready(PATIENCE)
+        if deadline is not None and deadline < patient:
+            raise kept(self._none_ready(PATIENCE).message)
+        error = self._none_ready(own - now)
+        error.impatient = impatient
+        raise error
 
-    def _none_ready(self) -> NoEndpoints | ResolutionError:
+    @property
+    def _hopeless(self) -> bool:
+        return isinstance(self._addr, Neg) and self._addr.settled
+
+    def _none_ready(self, waited: float) -> NoEndpoints | ResolutionError:
         name, addr = self._env.name, self._addr
         if isinstance(addr, Pending):
-            return ResolutionError(f"{name} has not been resolved within {PATIENCE:g} s")
+            return ResolutionError(f"{name} has not been resolved within {waited:g} s")
         if isinstance(addr, Failed):
             return ResolutionError(f"{name} cannot be resolved: {addr.cause}")
         if isinstance(addr, Neg):
@@ -322,11 +335,16 @@ class Balancer:
         self._routing.stale = True
         if self._serving and not self._closed:
             self._unready_since = None
-            if self._someone_ready is not None:
-                self._someone_ready.set()
-                self._someone_ready = None
+            self._wake()
         elif self._unready_since is None:
             self._unready_since = self._clock.now()
+        if self._hopeless:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._someone_ready is not None:
+            self._someone_ready.set()
+            self._someone_ready = None
 
     def _refresh(self, now: float) -> None:
         routing, was = self._routing, self._routing.panicking
@@ -369,9 +387,7 @@ class Balancer:
         for node in (*self._nodes.values(), *self._leaving.values()):
             node.close()
         self._serving = 0
-        if self._someone_ready is not None:
-            self._someone_ready.set()
-            self._someone_ready = None
+        self._wake()
 
     def __repr__(self) -> str:
         return f"<Balancer of {self._env.name}: {self._count(Status.OPEN)} of {len(self._nodes)} ready>"

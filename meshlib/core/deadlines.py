@@ -21,7 +21,7 @@ import anyio
 from .clock import Clock
 from .errors import DeadlineExceeded
 
-__all__ = ["Wheel", "kept", "passed", "wait_by"]
+__all__ = ["Wheel", "kept", "passed", "patience_of", "wait_by"]
 
 PER_SECOND: Final = 100
 LEAST_WAIT: Final = 0.001
@@ -101,6 +101,17 @@ def passed(deadline: float | None, clock: Clock) -> bool:
     An event loop's timers may fire early by its own resolution: uvloop counts whole milliseconds.
     """
     return deadline is not None and clock.now() >= deadline - EARLIEST
+
+
+def patience_of(request: Any, most: float) -> float:
+    """Seconds that ``request`` waits for somebody to send it to. Requests say so by an attribute ``patience``.
+
+    Args:
+        request: Any protocol's.
+        most: What holds for those that say nothing, and at most for those that do.
+    """
+    own = getattr(request, "patience", None)
+    return most if own is None else min(own, most)
 
 
 def kept(waiting: str = "") -> DeadlineExceeded:

@@ -202,15 +202,25 @@ class AttemptTimeout(DeadlineExceeded):
 
 
 class NoEndpoints(MeshError):
-    """The name resolved, but to nothing that can be used now. The message lists each endpoint and why not."""
+    """The name resolved, but to nothing that can be used now. The message lists each endpoint and why not.
+
+    Attributes:
+        impatient: The request would not wait for as long as a client does.
+    """
 
     processed = False
+    impatient = False
 
 
 class ResolutionError(MeshError):
-    """The name could not be resolved: no such name, or its source is broken and never gave an answer."""
+    """The name could not be resolved: no such name, or its source is broken and never gave an answer.
+
+    Attributes:
+        impatient: The request would not wait for as long as a client does.
+    """
 
     processed = False
+    impatient = False
 
 
 class ServiceClosed(MeshError):

@@ -100,6 +100,8 @@ class Core:
             if cause is not None:
                 # That nobody is left is what the errors before it have led to; they have the better name.
                 cause = cause.__cause__ or (cause.__context__ if isinstance(cause, NoEndpoints) else None)
+        if isinstance(error, NoEndpoints | ResolutionError) and error.impatient:
+            return self.httpx.ConnectTimeout  # type: ignore[no-any-return]
         name = next(name for kind, name in _NAMES if isinstance(error, kind))
         if name == "ReadTimeout" and error.attempts and all(map(_is_connect, error.attempts)):
             name = "ConnectTimeout"  # in all that time there was no connection

@@ -150,6 +150,7 @@ class MeshTransport:
         noted["idempotent"] = replayable and (request.method in IDEMPOTENT or "idempotency-key" in request.headers)
         noted["replayable"], noted["concurrent"] = replayable, concurrent
         noted["dest"] = request.method
+        noted["patience"] = request.extensions.get("timeout", {}).get("connect")
         noted["meshlib_opened"] = []
         context = VAR.get()
         until = context.deadline

@@ -87,9 +87,11 @@ class Neg:
 
     Attributes:
         why: What its source found instead, if it says so.
+        settled: The source will not look again for a while, so that there is nothing to wait for.
     """
 
     why: str = field(default="", compare=False)
+    settled: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"no such name: {self.why}" if self.why else "no such name"

@@ -21,7 +21,7 @@ from typing import Any, Final
 import anyio
 
 from ..core.context import VAR
-from ..core.deadlines import kept
+from ..core.deadlines import kept, patience_of
 from ..core.env import Env, elsewhere
 from ..core.errors import MeshError, NoEndpoints, ResolutionError, ServiceClosed, shown
 from ..core.service import Status
@@ -104,7 +104,7 @@ class Binder:
         self.clusters.tick += 1
         found = _PENDING if route is None else self._walk.choose(route.tree)
         if type(found) is not Entry:
-            found = await self._settled(pairs)
+            found = await self._settled(request, pairs)
         elif route is not None:
             route.used = self.clusters.tick
             route.unknown_since = None
@@ -114,7 +114,7 @@ class Binder:
         finally:
             found.active -= 1
 
-    async def _settled(self, pairs: Pairs) -> Entry:
+    async def _settled(self, request: Any, pairs: Pairs) -> Entry:
         """Wait until it is known which cluster to call.
 
         Raises:
@@ -123,7 +123,9 @@ class Binder:
         if self._env.supervisor.elsewhere:
             raise elsewhere(self._env)
         self.start()
-        await self._base_known()
+        waits = patience_of(request, PATIENCE)
+        own = self._clock.now() + waits
+        await self._base_known(own)
         route = self._route(pairs)
         deadline = VAR.get().deadline
         found: Entry | Addr = self._walk.choose(route.tree)
@@ -131,7 +133,7 @@ class Binder:
             now = self._clock.now()
             if route.unknown_since is None:
                 route.unknown_since = now
-            patient = route.unknown_since + PATIENCE
+            patient = min(own, route.unknown_since + PATIENCE)
             if not await self._something_changed(min(patient - now, GRACE), deadline):
                 raise kept(f"{self.path} to be resolved")
             route = self._route(pairs)
@@ -143,18 +145,22 @@ class Binder:
             return found
         if not isinstance(found, Pending):
             route.unknown_since = None
-        raise self._none(found, pairs)
+        error = self._none(found, pairs, waits)
+        error.impatient = isinstance(found, Pending) and waits < PATIENCE
+        raise error
 
-    async def _base_known(self) -> None:
+    async def _base_known(self, own: float = float("inf")) -> None:
         deadline = VAR.get().deadline
         while self._dtab is None:
             now = self._clock.now()
             if self._base_unknown_since is None:
                 self._base_unknown_since = now
-            patient = self._base_unknown_since + PATIENCE
+            patient = min(own, self._base_unknown_since + PATIENCE)
             if now >= patient:
-                problem = self.base.problem or f"nothing was read from it within {PATIENCE:g} s"
-                raise ResolutionError(f"{self.path}: there is no base Dtab yet: {self.base.target}: {problem}")
+                problem = self.base.problem or "nothing was read from it"
+                error = ResolutionError(f"{self.path}: there is no base Dtab yet: {self.base.target}: {problem}")
+                error.impatient = patient == own
+                raise error
             if not await self._something_changed(patient - now, deadline):
                 raise kept(f"the base Dtab {self.base.target}")
 
@@ -230,12 +236,12 @@ class Binder:
 
     # --- when there is none -------------------------------------------------------------------------------------------
 
-    def _none(self, found: Addr, pairs: Pairs) -> MeshError:
+    def _none(self, found: Addr, pairs: Pairs, waited: float) -> NoEndpoints | ResolutionError:
         way = self.delegation(pairs).resolved(self.state_of)
         if isinstance(found, Failed):
             return ResolutionError(f"{self.path} leads nowhere: {found.cause}")
         if isinstance(found, Pending):
-            return ResolutionError(f"{self.path} has not been resolved within {PATIENCE:g} s: {way.brief()}")
+            return ResolutionError(f"{self.path} has not been resolved within {waited:g} s: {way.brief()}")
         base, local = self._dtab or EMPTY_DTAB, Dtab.of_pairs(pairs)[0]
         under = f"base Dtab {shown(redacted(str(base))) or 'empty'}"
         under += f", local Dtab {shown(redacted(str(local)))}" if pairs else ""

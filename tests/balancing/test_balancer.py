@@ -326,6 +326,50 @@ def test_a_nearer_deadline_ends_the_wait_and_the_error_tells_both():
     run_virtual(main)
 
 
+@pytest.mark.parametrize("waits", [0.0, 0.5])
+def test_a_request_that_is_less_patient_waits_for_as_long_as_it_says(waits):
+    class Hasty:
+        patience = waits
+
+    async def main():
+        for addr in (Pending(), Bound(()), Neg()):
+            cluster, started = Cluster(addr), anyio.current_time()
+            with pytest.raises(meshlib.MeshError) as caught:
+                await cluster.balancer(Hasty())
+            assert anyio.current_time() - started == pytest.approx(waits)
+            assert caught.value.impatient
+        assert not (await error_of(cluster))[0].impatient
+        Hasty.patience = 60.0
+        cluster = Cluster(Pending())
+        with pytest.raises(ResolutionError, match="within 3 s") as caught:
+            await cluster.balancer(Hasty())
+        assert not caught.value.impatient
+
+    run_virtual(main)
+
+
+def test_nobody_waits_for_a_name_of_which_its_source_is_sure_that_there_is_none():
+    async def main():
+        cluster = Cluster(Neg("nobody.test does not exist", settled=True))
+        error, elapsed = await error_of(cluster)
+        assert (type(error), elapsed) == (NoEndpoints, 0)
+        cluster, told = Cluster(Pending()), []
+
+        async def call():
+            told.append(await error_of(cluster))
+
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(call)
+            await anyio.sleep(1)
+            cluster.addr.set(Neg(settled=True))
+        assert [(type(error), elapsed) for error, elapsed in told] == [(NoEndpoints, pytest.approx(1))] * 3
+        cluster.addr.set(at(1))
+        assert await cluster.call() == 1
+
+    run_virtual(main)
+
+
 @pytest.mark.parametrize(
     ("addr", "kind", "says"),
     [

@@ -18,6 +18,7 @@ import uvicorn
 from meshlib import ConfigurationError, MeshError, http, timeout
 
 from ..conftest import BACKENDS
+from ..dns_server import dnsmasq
 from .processes import Worker, workers
 from .raw import blackhole, raw_server, reset
 from .servers import application
@@ -62,10 +63,30 @@ async def make(ours: bool, httpx: Any) -> AsyncIterator[Make]:
 
 
 async def test_a_connect_timeout(make, httpx):
-    client = await make(timeout=httpx.Timeout(5, connect=0.2), total=0.5)
-    with blackhole() as port, pytest.raises(httpx.ConnectTimeout) as caught:
+    client = await make(timeout=httpx.Timeout(5, connect=0.2))
+    with blackhole() as port, anyio.fail_after(4), pytest.raises(httpx.ConnectTimeout) as caught:
         await client.get(f"http://127.0.0.1:{port}/")
     assert isinstance(caught.value, httpx.TimeoutException)
+
+
+async def test_a_connect_timeout_bounds_the_search_for_a_name(httpx):
+    """Stock httpx looks names up as a part of connecting."""
+    kind = http.Transport if httpx.__name__ == "httpx" else http.Httpx2Transport
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        transport = kind(f"dns://nobody.test:80?server=127.0.0.1:{silent.getsockname()[1]}")
+        async with httpx.AsyncClient(transport=transport, timeout=httpx.Timeout(5, connect=0.2)) as client:
+            with anyio.fail_after(2), pytest.raises(httpx.ConnectTimeout, match="has not been resolved within 0.2 s"):
+                await client.get("http://nobody.test/")
+
+
+async def test_a_host_that_there_is_not_is_a_connect_error_at_once(httpx, tmp_path):
+    kind = http.Transport if httpx.__name__ == "httpx" else http.Httpx2Transport
+    with dnsmasq(tmp_path) as names:
+        transport = kind(f"dns://nobody.test:80?server={names.server}")
+        async with httpx.AsyncClient(transport=transport) as client:
+            with anyio.fail_after(2), pytest.raises(httpx.ConnectError, match="no such name"):
+                await client.get("http://nobody.test/")
 
 
 # httpx leaves the generator of a body unclosed, stock or not, of which trio warns.

@@ -224,6 +224,20 @@ async def test_they_do_not_wait_for_ever_and_only_the_first_ones_wait(network):
 
 
 @virtual
+async def test_a_request_that_is_less_patient_waits_for_as_long_as_it_says(network):
+    class Hasty(mux.Request):
+        patience = 0.5
+
+    network.name("a").state.set(Pending())
+    async with network.client("/s", base("/s => memory://a")) as client:
+        began = anyio.current_time()
+        with pytest.raises(meshlib.ResolutionError, match=r"/s has not been resolved within 0.5 s") as caught:
+            await client(Hasty(b""))
+        assert anyio.current_time() - began == pytest.approx(0.5, abs=0.01)
+        assert caught.value.impatient
+
+
+@virtual
 async def test_a_call_does_not_wait_longer_than_it_may_take(network):
     network.name("a").state.set(Pending())
     async with network.client("/s", base("/s => memory://a | memory://b"), meshlib.timeout(0.5)) as client:

@@ -142,7 +142,7 @@ class DnsResolver:
         ttls = [answer.ttl for answer in answers.values() if answer.ttl is not None]
         if found:
             return Bound.of(found[:MOST]), min(ttls, default=None)
-        return Neg("; ".join(dict.fromkeys(answer.why for answer in answers.values()))), min(ttls, default=None)
+        return _none("; ".join(dict.fromkeys(answer.why for answer in answers.values()))), min(ttls, default=None)
 
     def _warn(self, target: Target, place: Place, addr: Addr) -> None:
         alone = isinstance(addr, Bound) and len(addr.addresses) == 1
@@ -182,10 +182,10 @@ class SrvResolver(DnsResolver):
             answer = await self._lookup.services(name, place.servers, known.name)
         self._services[name] = answer
         if not answer.values:
-            return Neg(answer.why), answer.ttl
+            return _none(answer.why), answer.ttl
         groups = priorities(answer.values)
         if not groups:
-            return Neg(f"{name} says that there is no such service"), answer.ttl
+            return _none(f"{name} says that there is no such service"), answer.ttl
         extra = dict(answer.extra)
         ttl, whys = answer.ttl, list[str]()
         for group in groups:
@@ -200,7 +200,12 @@ class SrvResolver(DnsResolver):
             found_here = endpoints(group, addresses)
             if found_here:
                 return Bound.of(found_here[:MOST]), _bounded(ttl)
-        return Neg("; ".join(dict.fromkeys(whys)) or f"the hosts of {name} have no addresses"), _bounded(ttl)
+        return _none("; ".join(dict.fromkeys(whys)) or f"the hosts of {name} have no addresses"), _bounded(ttl)
+
+
+def _none(why: str) -> Neg:
+    """Nothing is asked again sooner than `FLOOR` says, which is longer than any call waits."""
+    return Neg(why, settled=True)
 
 
 def _bounded(ttl: float | None) -> float | None:
