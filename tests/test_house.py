@@ -147,6 +147,15 @@ def test_arrows_point_down_only(path):
         assert theirs == mine or FLOOR[theirs] < FLOOR[mine], f"{where(path)}:{line}: {mine} must not know {theirs}"
 
 
+@pytest.mark.parametrize(("side", "other"), [("calling", "serving"), ("serving", "calling")])
+def test_the_two_sides_of_grpc_do_not_know_each_other(side, other):
+    inside = [path for path in MODULES if where(path).startswith(f"meshlib/grpc/{side}/")]
+    assert len(inside) > 10
+    for path in inside:
+        known = {module for module, *_ in imports_of(path)}
+        assert not [module for module in known if module.startswith(f"meshlib.grpc.{other}")], where(path)
+
+
 def test_no_modules_import_each_other_in_a_circle():
     below = {
         name_of(path): {m for m, _, loading, checking in imports_of(path) if loading and not checking and m in NAMES}

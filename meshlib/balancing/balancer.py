@@ -5,7 +5,8 @@ leaves gets no new requests and is closed when its last one is answered.
 
 While no endpoint is ready, requests wait for the first one, for at most `PATIENCE` seconds after the last was lost;
 from then on they fail at once, with the reason for each endpoint, until one is ready again. A request that is less
-patient says so (`patience_of`); nobody waits for a name whose source says that there is none, and will not look again soon.
+patient says so (`patience_of`); nobody waits for a name whose source says that there is none, and will not look again
+soon.
 """
 
 from __future__ import annotations

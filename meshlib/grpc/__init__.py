@@ -13,21 +13,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .channel import Channel
-    from .limits import Limits
-    from .methodconfig import service_config
-    from .pool import connections
-    from .server import Server, serve
+    from .calling.channel import Channel
+    from .calling.methodconfig import service_config
+    from .calling.pool import connections
+    from .serving.limits import Limits
+    from .serving.server import Server, serve
 
 __all__ = ["Channel", "Limits", "Server", "connections", "serve", "service_config"]
 
 _WHERE = {
-    "Channel": (".channel", "Channel"),
-    "Limits": (".limits", "Limits"),
-    "Server": (".server", "Server"),
-    "connections": (".pool", "connections"),
-    "serve": (".server", "serve"),
-    "service_config": (".methodconfig", "service_config"),
+    "Channel": (".calling.channel", "Channel"),
+    "Limits": (".serving.limits", "Limits"),
+    "Server": (".serving.server", "Server"),
+    "connections": (".calling.pool", "connections"),
+    "serve": (".serving.server", "serve"),
+    "service_config": (".calling.methodconfig", "service_config"),
 }
 
 

@@ -219,7 +219,7 @@ def client(
         label: What the client is called in metrics, spans and errors; by default the contract's name.
         options: ``stack``, ``classifier``, ``clock``, ``seed``, and the protocol's own: see `meshlib.mux.client`
             (``limits``), `meshlib.typed.over_http.http_client` (``ssl``, ``server_name``, ``http2``),
-            `meshlib.grpc.rpc.rpc_client` (``ssl``, ``config``, ``max_message``).
+            `meshlib.grpc.calling.rpc.rpc_client` (``ssl``, ``config``, ``max_message``).
 
     Raises:
         ConfigurationError: The contract, the target or a layer makes no sense; says why.
@@ -238,7 +238,7 @@ def client(
 
         return TypedClient(contract, http_client(target, *layers, label=label, **options), JSON)
     if chosen == "grpc":
-        from ..grpc.rpc import rpc_client  # which needs grpclib
+        from ..grpc.calling.rpc import rpc_client  # which needs grpclib
 
         return TypedClient(contract, rpc_client(target, *layers, label=label, **options))
     raise ConfigurationError(f"client(…, protocol={protocol!r}): expected 'mux', 'http' or 'grpc'")

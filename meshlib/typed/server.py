@@ -54,7 +54,7 @@ def serve(
     typed = TypedService(*given)
     label = label or ", ".join(typed.services)
     if scheme == "grpc":
-        from ..grpc.rpc_server import serve_rpc  # which needs grpclib
+        from ..grpc.serving.rpc import serve_rpc  # which needs grpclib
 
         return serve_rpc(typed, typed.services, rest, *layers, label=label, **options)
     return mux_serve(typed, rest if scheme == "mux" else address, *layers, label=label, **options)

@@ -156,7 +156,7 @@ async def main() -> None:
     """Serve until SIGTERM, and end gracefully."""
     from grpclib.utils import graceful_exit
 
-    from meshlib.grpc.server import Server
+    from meshlib.grpc.serving.server import Server
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--name", default="server")

@@ -379,7 +379,7 @@ async def test_a_refused_connect_says_where_and_why():
 async def test_rich_details_and_trailing_metadata_pass():
     from google.rpc import status_pb2
 
-    from meshlib.grpc.channel import Channel
+    from meshlib.grpc.calling.channel import Channel
 
     rich = status_pb2.Status(code=9, message="no")
     rich.details.add().Pack(error_details_pb2.ErrorInfo(reason="BROKE", domain="shop"))

@@ -248,7 +248,7 @@ async def test_a_stream_that_nobody_reads_stops_no_other_call():
 
 
 async def test_what_a_connection_holds_unread_is_bounded_and_is_given_back_once(monkeypatch):
-    monkeypatch.setattr("meshlib.grpc.incoming.UNREAD", 60_000)
+    monkeypatch.setattr("meshlib.grpc.calling.incoming.UNREAD", 60_000)
     peers, first = [], 40_000
 
     def step(peer, stream):

@@ -14,8 +14,8 @@ import grpc
 import pytest
 
 from meshlib.grpc.h2 import LAST_STREAM
-from meshlib.grpc.limits import Limits
-from meshlib.grpc.server import Server, serve
+from meshlib.grpc.serving.limits import Limits
+from meshlib.grpc.serving.server import Server, serve
 
 from .raw import Peer, wait_until
 from .server_worker import Worker, interop_handler
@@ -27,7 +27,7 @@ REFUSED_STREAM = 7
 @pytest.fixture(autouse=True)
 def lingering(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for peers that never answer, waits a fifth as long."""
-    monkeypatch.setattr("meshlib.grpc.server_connection.LINGER", 0.2)
+    monkeypatch.setattr("meshlib.grpc.serving.connection.LINGER", 0.2)
 
 
 def quick(seconds: float = 5.0) -> Any:

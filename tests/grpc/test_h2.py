@@ -272,11 +272,11 @@ def test_what_is_used_of_grpclib():
     dispatch.add_listener(grpclib.events.SendRequest, heard)
     assert "send_request" not in vars(dispatch)
     called = inspect.signature(grpclib.client.Channel.request)
-    from meshlib.grpc.channel import Channel
+    from meshlib.grpc.calling.channel import Channel
 
     assert list(called.parameters) == list(inspect.signature(Channel.request).parameters)
     stream = {name for name in vars(grpclib.client.Stream) if not name.startswith("_")}
-    from meshlib.grpc.stream import Stream
+    from meshlib.grpc.calling.stream import Stream
 
     there = {name for kind in Stream.__mro__ for name in vars(kind)} | {
         "initial_metadata",

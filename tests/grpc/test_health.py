@@ -10,8 +10,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from meshlib.filters.limit import concurrency_limit
-from meshlib.grpc.rpc_server import serve_rpc
-from meshlib.grpc.server import serve
+from meshlib.grpc.serving.rpc import serve_rpc
+from meshlib.grpc.serving.server import serve
 
 from .raw import wait_until
 from .server_worker import interop_handler

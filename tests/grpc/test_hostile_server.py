@@ -15,8 +15,8 @@ from hpack import Encoder
 from hyperframe.frame import ContinuationFrame, DataFrame, HeadersFrame, PingFrame, PriorityFrame, SettingsFrame
 
 import meshlib
-from meshlib.grpc.limits import CONNECTION_WINDOW, MOST_HELD, Bucket, Limits, stream_window
-from meshlib.grpc.server import serve
+from meshlib.grpc.serving.limits import CONNECTION_WINDOW, MOST_HELD, Bucket, Limits, stream_window
+from meshlib.grpc.serving.server import serve
 
 from .raw import Peer, wait_until
 from .server_worker import interop_handler
@@ -354,7 +354,7 @@ async def test_what_a_connection_makes_us_hold_is_bounded(monkeypatch: pytest.Mo
     from grpclib.config import Configuration
 
     most = 2 << 20
-    monkeypatch.setattr("meshlib.grpc.server_sending.MOST_HELD", most)
+    monkeypatch.setattr("meshlib.grpc.serving.sending.MOST_HELD", most)
     release = asyncio.Event()
     handler = interop_handler()
 
@@ -493,7 +493,7 @@ async def test_a_client_that_reads_nothing_is_not_read_either(monkeypatch: pytes
     from grpclib.config import Configuration
 
     most = 128 * 1024  # an eighth of what it is, so that the kernel's buffers are most of what is to be filled
-    monkeypatch.setattr("meshlib.grpc.server_sending.MOST_UNSENT", most)
+    monkeypatch.setattr("meshlib.grpc.serving.sending.MOST_UNSENT", most)
     config = Configuration(_keepalive_timeout=0.2)
     async with serve([interop_handler()], config=config) as server:
         host, _, port = server.address.rpartition(":")

@@ -15,8 +15,8 @@ import anyio.to_thread
 import grpc
 import pytest
 
-from meshlib.grpc.limits import Limits
-from meshlib.grpc.server import serve
+from meshlib.grpc.serving.limits import Limits
+from meshlib.grpc.serving.server import serve
 
 from .raw import wait_until
 from .server_worker import interop_handler

@@ -7,8 +7,8 @@ from grpclib.config import Configuration
 from h2.errors import ErrorCodes
 
 import meshlib
-from meshlib.grpc.idempotency import Idempotency, declared
-from meshlib.grpc.keepalive import Keepalive, Policy
+from meshlib.grpc.calling.idempotency import Idempotency, declared
+from meshlib.grpc.calling.keepalive import Keepalive, Policy
 
 
 def keepalive(**options):

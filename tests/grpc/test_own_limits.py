@@ -17,11 +17,11 @@ import meshlib.grpc
 from meshlib import timeout
 from meshlib.core.clock import Clock
 from meshlib.core.context import VAR, use
-from meshlib.grpc import wire
-from meshlib.grpc.heads import CONNECTION_WINDOW, Options
-from meshlib.grpc.keepalive import Keepalive, Policy
-from meshlib.grpc.rpc import rpc_client
-from meshlib.grpc.session import GrpcSession
+from meshlib.grpc.calling import wire
+from meshlib.grpc.calling.heads import CONNECTION_WINDOW, Options
+from meshlib.grpc.calling.keepalive import Keepalive, Policy
+from meshlib.grpc.calling.rpc import rpc_client
+from meshlib.grpc.calling.session import GrpcSession
 from meshlib.telemetry.metrics import Registry
 
 from .scripted import HEAD, OK, answering, channel, message, scripted, unary

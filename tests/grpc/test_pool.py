@@ -8,7 +8,7 @@ from meshlib.balancing.failfast import Failfast, failfast
 from meshlib.core.context import deadline
 from meshlib.core.errors import ConnectError, DeadlineExceeded, ServiceClosed
 from meshlib.core.service import Status
-from meshlib.grpc.pool import Connections, SessionPool, connections
+from meshlib.grpc.calling.pool import Connections, SessionPool, connections
 from meshlib.testing import run_virtual
 from tests.balancing.fakes import Factory, make_env
 

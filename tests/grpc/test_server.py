@@ -26,9 +26,9 @@ from meshlib.core.errors import ConfigurationError, InvalidArgument, Rejected, S
 from meshlib.core.priority import Priority
 from meshlib.filters.limit import concurrency_limit
 from meshlib.filters.rate_limit import rate_limit
-from meshlib.grpc.limits import Limits
-from meshlib.grpc.rpc_server import serve_rpc
-from meshlib.grpc.server import Server, serve
+from meshlib.grpc.serving.limits import Limits
+from meshlib.grpc.serving.rpc import serve_rpc
+from meshlib.grpc.serving.server import Server, serve
 
 from .raw import wait_until
 from .server_worker import interop_handler

@@ -27,12 +27,12 @@ from hyperframe.frame import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlib.grpc.head import Head, Malformed, Refused, read_head
 from meshlib.grpc.inbound import Inbound, framed
-from meshlib.grpc.limits import Limits
-from meshlib.grpc.server import Server
-from meshlib.grpc.server_connection import DRAIN_PING, LOOK_AGAIN
-from meshlib.grpc.server_watch import Verdict, Watch
+from meshlib.grpc.serving.connection import DRAIN_PING, LOOK_AGAIN
+from meshlib.grpc.serving.head import Head, Malformed, Refused, read_head
+from meshlib.grpc.serving.limits import Limits
+from meshlib.grpc.serving.server import Server
+from meshlib.grpc.serving.watch import Verdict, Watch
 
 from .raw import wait_until
 from .server_worker import interop_handler

@@ -20,9 +20,9 @@ from hpack.exceptions import HPACKError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlib.grpc.limits import Limits
-from meshlib.grpc.server_h2 import RequestDecoder, ServerH2
-from meshlib.grpc.server_stream import ServerStream
+from meshlib.grpc.serving.h2 import RequestDecoder, ServerH2
+from meshlib.grpc.serving.limits import Limits
+from meshlib.grpc.serving.stream import ServerStream
 
 FIELDS = (
     (":method", "POST"),
@@ -266,6 +266,6 @@ def test_whatever_grpclibs_stream_offers_ours_offers_too() -> None:
         "_send_trailing_metadata_done",
     ]
     start = list(inspect.signature(grpclib.server.Server.start).parameters)
-    from meshlib.grpc.server import Server
+    from meshlib.grpc.serving.server import Server
 
     assert list(inspect.signature(Server.start).parameters) == start

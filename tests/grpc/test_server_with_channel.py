@@ -12,8 +12,8 @@ from grpclib.exceptions import GRPCError
 
 import meshlib
 from meshlib.filters.limit import concurrency_limit
-from meshlib.grpc.channel import Channel
-from meshlib.grpc.server import serve
+from meshlib.grpc.calling.channel import Channel
+from meshlib.grpc.serving.server import serve
 
 from .raw import wait_until
 from .server_worker import interop_handler

@@ -11,8 +11,16 @@ from grpclib.exceptions import GRPCError
 import meshlib
 import meshlib.grpc
 from meshlib.core.service import Filter
-from meshlib.grpc.configured import ExponentialBackoff, Tokens
-from meshlib.grpc.methodconfig import Hedging, MethodConfig, Retries, ServiceConfig, Throttling, parse, service_config
+from meshlib.grpc.calling.configured import ExponentialBackoff, Tokens
+from meshlib.grpc.calling.methodconfig import (
+    Hedging,
+    MethodConfig,
+    Retries,
+    ServiceConfig,
+    Throttling,
+    parse,
+    service_config,
+)
 
 from .scripted import answering, channel, scripted, unary
 from .test_channel import failing_at_first, status

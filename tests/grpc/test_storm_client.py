@@ -112,6 +112,6 @@ def sessions_of(channel):
     """The connections that the channel has, found among all objects: it does not tell."""
     import gc
 
-    from meshlib.grpc.session import GrpcSession
+    from meshlib.grpc.calling.session import GrpcSession
 
     return [each for each in gc.get_objects() if type(each) is GrpcSession]

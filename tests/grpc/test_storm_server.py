@@ -11,7 +11,7 @@ import anyio.to_thread
 import grpc
 import pytest
 
-from meshlib.grpc.server import serve
+from meshlib.grpc.serving.server import serve
 
 from ..conftest import BACKENDS
 from .raw import wait_until

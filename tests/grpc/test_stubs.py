@@ -12,7 +12,7 @@ from grpclib.exceptions import GRPCError
 
 import meshlib
 import meshlib.grpc
-from meshlib.grpc.rpc import rpc_client
+from meshlib.grpc.calling.rpc import rpc_client
 from meshlib.mux import Request
 
 from .scripted import HEAD, OK, answering, scripted

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
-from ..core.errors import ConfigurationError
+from ...core.errors import ConfigurationError
 
 __all__ = ["CONNECTION_WINDOW", "HARD_HEADERS", "MOST_HELD", "Bucket", "Limits", "stream_window"]
 

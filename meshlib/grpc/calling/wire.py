@@ -15,9 +15,9 @@ from grpclib.protocol import Peer
 from h2.config import H2Configuration
 from h2.events import DataReceived, ResponseReceived, TrailersReceived
 
-from ..core.clock import Clock
-from ..core.errors import ConnectionLost, MeshError, shown
-from .h2 import BatchingTransport, DrainableConnection, goaway
+from ...core.clock import Clock
+from ...core.errors import ConnectionLost, MeshError, shown
+from ..h2 import BatchingTransport, DrainableConnection, goaway
 from .heads import Heads, Options
 from .keepalive import Keepalive
 

@@ -25,23 +25,23 @@ from grpclib.config import Configuration
 from grpclib.encoding.base import CodecBase, StatusDetailsCodecBase
 from grpclib.encoding.proto import ProtoCodec, ProtoStatusDetailsCodec, _googleapis_available
 
-from ..core.clock import Clock
-from ..core.errors import ConfigurationError
-from ..core.stack import Layer, Stack
-from ..core.supervisor import Job, Supervisor
-from ..filters.limit import ConcurrencyLimit
-from ..server import PLACES
-from ..serving import BaseServer, server_env
-from ..telemetry.grpc_server import GrpcServerTracing
-from ..telemetry.stats import Stats
+from ...core.clock import Clock
+from ...core.errors import ConfigurationError
+from ...core.stack import Layer, Stack
+from ...core.supervisor import Job, Supervisor
+from ...filters.limit import ConcurrencyLimit
+from ...server import PLACES
+from ...serving import BaseServer, server_env
+from ...telemetry.grpc_server import GrpcServerTracing
+from ...telemetry.stats import Stats
+from .call import GrpcDeadline, Handling
+from .connection import LINGER, ServerConnection
+from .core import Serving
+from .errors import GrpcErrors, judge_call
 from .health import Health
 from .limits import CONNECTION_WINDOW, Limits, stream_window
 from .methods import HEALTH, REFLECTION, MethodStats, mapping_of, services_of
 from .reflection import Reflection
-from .server_call import GrpcDeadline, Handling
-from .server_connection import LINGER, ServerConnection
-from .server_core import Serving
-from .server_errors import GrpcErrors, judge_call
 
 __all__ = ["Server", "default_layers", "serve"]
 

@@ -20,11 +20,11 @@ from grpclib.exceptions import ProtocolError
 from grpclib.stream import StreamIterator
 from multidict import MultiDict
 
-from ..core.errors import DeadlineExceeded, MeshError
+from ...core.errors import DeadlineExceeded, MeshError
+from ..metadata import decode_metadata
+from ..status import status_of
 from .exchange import Exchange
-from .metadata import decode_metadata
 from .outgoing import Outgoing
-from .status import status_of
 
 __all__ = ["Stream"]
 

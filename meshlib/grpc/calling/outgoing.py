@@ -12,14 +12,14 @@ from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from grpclib.metadata import Deadline, encode_metadata
 from multidict import MultiDict
 
-from ..core.context import VAR
-from ..core.deadlines import passed
-from ..core.errors import DeadlineExceeded, MeshError, RemoteError
-from ..core.supervisor import Job
+from ...core.context import VAR
+from ...core.deadlines import passed
+from ...core.errors import DeadlineExceeded, MeshError, RemoteError
+from ...core.supervisor import Job
+from ..inbound import PREFIX, framed
+from ..status import answered, excess, raised
 from .call import Method, Reply, Request
 from .exchange import Exchange, fresh
-from .inbound import PREFIX, framed
-from .status import answered, excess, raised
 
 if TYPE_CHECKING:
     from .channel import Channel

@@ -19,19 +19,19 @@ from grpclib.encoding.base import CodecBase
 from h2.errors import ErrorCodes
 from h2.events import RequestReceived
 
-from ..core.context import VAR
-from ..core.env import Env, NoMetrics
-from ..core.errors import ServiceClosed, shown
-from ..core.stack import Stack
+from ...core.context import VAR
+from ...core.env import Env, NoMetrics
+from ...core.errors import ServiceClosed, shown
+from ...core.stack import Stack
+from ..metadata import ContextReader
+from .call import Handling, ServerCall, invoke
 from .head import ACCEPTED, Head, Malformed, Refused, read_head
 from .limits import Limits
-from .metadata import ContextReader
 from .methods import HEALTH, Method, services_of, unknown
-from .server_call import Handling, ServerCall, invoke
-from .server_stream import ServerStream, status_text
+from .stream import ServerStream, status_text
 
 if TYPE_CHECKING:
-    from .server_connection import ServerConnection
+    from .connection import ServerConnection
 
 __all__ = ["Serving"]
 

@@ -24,12 +24,12 @@ from typing import Any, ClassVar, Final
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 
-from ..core.classify import ResponseClass, classify
-from ..core.env import Env
-from ..core.errors import MeshError, Rejected
-from ..core.service import Service
-from ..filters.mapping import ErrorMapping, is_meant
-from .status import FAILURES, NACK, PUSHBACK, status_of, to_status
+from ...core.classify import ResponseClass, classify
+from ...core.env import Env
+from ...core.errors import MeshError, Rejected
+from ...core.service import Service
+from ...filters.mapping import ErrorMapping, is_meant
+from ..status import FAILURES, NACK, PUSHBACK, status_of, to_status
 
 __all__ = ["GrpcErrors", "answer_to", "judge_call"]
 

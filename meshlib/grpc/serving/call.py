@@ -29,18 +29,18 @@ from grpclib.encoding.base import StatusDetailsCodecBase
 from grpclib.events import _DispatchServerEvents
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 
-from ..core.clock import Clock
-from ..core.context import VAR
-from ..core.deadlines import Wheel, passed
-from ..core.env import Env
-from ..core.errors import DeadlineExceeded, MeshError
-from ..core.service import Filter, Service
-from ..core.supervisor import Job
+from ...core.clock import Clock
+from ...core.context import VAR
+from ...core.deadlines import Wheel, passed
+from ...core.env import Env
+from ...core.errors import DeadlineExceeded, MeshError
+from ...core.service import Filter, Service
+from ...core.supervisor import Job
+from ..status import status_of
+from .errors import answer_to
 from .limits import Limits
 from .methods import Method
-from .server_errors import answer_to
-from .server_stream import ServerStream
-from .status import status_of
+from .stream import ServerStream
 
 __all__ = ["Cut", "GrpcDeadline", "Handling", "ServerCall"]
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ..core.context import VAR, CallRecord, Context
-from ..core.env import Env
-from ..core.errors import MeshError
-from ..core.service import Service
-from ..filters.budget import budget_of
-from .status import status_of
+from ...core.context import VAR, CallRecord, Context
+from ...core.env import Env
+from ...core.errors import MeshError
+from ...core.service import Service
+from ...filters.budget import budget_of
+from ..status import status_of
 
 if TYPE_CHECKING:
     from .configured import Tokens

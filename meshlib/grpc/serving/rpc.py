@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Final
 from grpclib.const import Cardinality, Handler, Status
 from grpclib.encoding.base import CodecBase
 
-from ..core.errors import RemoteError, shown
-from ..core.service import as_service
+from ...core.errors import RemoteError, shown
+from ...core.service import as_service
 from .server import Server
-from .server_stream import ServerStream
+from .stream import ServerStream
 
 __all__ = ["MSGPACK", "RAISED", "BytesCodec", "RpcRequest", "serve_rpc"]
 

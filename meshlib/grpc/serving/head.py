@@ -25,8 +25,8 @@ from grpclib.const import Status
 from grpclib.metadata import _Metadata
 from multidict import MultiDict
 
-from ..core.errors import shown
-from .metadata import decode_binary, decode_timeout
+from ...core.errors import shown
+from ..metadata import decode_binary, decode_timeout
 
 __all__ = ["ACCEPTED", "Head", "Malformed", "Refused", "read_head"]
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Final
 from grpclib.exceptions import StreamTerminatedError
 from h2.errors import ErrorCodes
 
-from .h2 import FLUSH_AT
+from ..h2 import FLUSH_AT
+from .h2 import Fields, Fixed, ServerH2
 from .limits import MOST_HELD
-from .server_h2 import Fields, Fixed, ServerH2
 
 if TYPE_CHECKING:
-    from .server_stream import ServerStream
+    from .stream import ServerStream
 
 __all__ = ["Sending"]
 

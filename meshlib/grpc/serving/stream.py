@@ -26,13 +26,13 @@ from grpclib.server import Stream
 from h2.errors import ErrorCodes
 from multidict import MultiDict
 
-from .inbound import Inbound, framed
+from ..inbound import Inbound, framed
 
 if TYPE_CHECKING:
+    from .call import Handling
+    from .connection import ServerConnection
     from .head import Head
     from .methods import Method
-    from .server_call import Handling
-    from .server_connection import ServerConnection
 
 __all__ = ["ServerStream", "status_text"]
 

@@ -28,8 +28,8 @@ from h2.windows import WindowManager
 from hpack import Decoder, HeaderTuple
 from hyperframe.frame import Frame, HeadersFrame
 
-from .h2 import DrainableConnection, HeaderBlocks, literal
-from .h2 import _frame as frame_of
+from ..h2 import DrainableConnection, HeaderBlocks, literal
+from ..h2 import _frame as frame_of
 from .limits import HARD_HEADERS, Limits
 
 if TYPE_CHECKING:

@@ -24,28 +24,28 @@ from grpclib.encoding.proto import ProtoCodec, ProtoStatusDetailsCodec, _googlea
 from grpclib.events import _DispatchChannelEvents
 from grpclib.metadata import Deadline
 
-from ..balancing.node import Node
-from ..client import Client
-from ..core.classify import PartialClassifier, Rule
-from ..core.clock import Clock
-from ..core.env import Env
-from ..core.errors import ConfigurationError
-from ..core.events import Decisions
-from ..core.service import Service, Status
-from ..core.stack import Stack
-from ..core.supervisor import Supervisor
-from ..filters.timeout import DEFAULT_TOTAL, TotalTimeout
-from ..telemetry.grpc import GrpcClientTracing
+from ...balancing.node import Node
+from ...client import Client
+from ...core.classify import PartialClassifier, Rule
+from ...core.clock import Clock
+from ...core.env import Env
+from ...core.errors import ConfigurationError
+from ...core.events import Decisions
+from ...core.service import Service, Status
+from ...core.stack import Stack
+from ...core.supervisor import Supervisor
+from ...filters.timeout import DEFAULT_TOTAL, TotalTimeout
+from ...telemetry.grpc import GrpcClientTracing
+from ..status import excess, judge, raised
 from .call import Method, Request
 from .connector import connector_for
 from .idempotency import Idempotency
 from .methodconfig import beside
 from .pool import Connections
-from .status import excess, judge, raised
 from .stream import Stream
 
 if TYPE_CHECKING:
-    from ..names.delegation import Delegation
+    from ...names.delegation import Delegation
 
 __all__ = ["MAX_MESSAGE", "CallTimeout", "Channel"]
 
@@ -79,14 +79,15 @@ class Channel(grpclib.client.Channel):
     Args:
         target: Where to: ``host:port[,host:port…]``, ``unix:///path``, ``file:///path``, ``dns://…``, ``srv://…``,
             ``zk://…``, ``k8s://…``, or ``/logical/path``.
-        layers: Each replaces the default at its place; plain filters are added, and see `meshlib.grpc.call.Request`.
+        layers: Each replaces the default at its place; plain filters are added, and see
+            `meshlib.grpc.calling.call.Request`.
         codec: grpclib's, of messages; protobuf by default.
         status_details_codec: grpclib's, of rich status details; Google's by default, if googleapis is installed.
         ssl: ``True``, an ``ssl.SSLContext`` or ``ssl.DefaultVerifyPaths``: speak TLS.
         config: grpclib's: windows, keepalive, and whose certificate to expect. Without one, a connection's window is
-            `meshlib.grpc.heads.CONNECTION_WINDOW`.
+            `meshlib.grpc.calling.heads.CONNECTION_WINDOW`.
         idempotent: Which methods may be called twice without harm, besides those whose protobuf says so; see
-            `meshlib.grpc.idempotency.Idempotency`.
+            `meshlib.grpc.calling.idempotency.Idempotency`.
         max_message: Bytes of a message that may come.
         max_request: Bytes of a message that may be sent; ``None`` for as many as the server takes.
         compression: ``"gzip"`` to send messages compressed.
@@ -168,7 +169,7 @@ class Channel(grpclib.client.Channel):
         deadline: Deadline | None = None,
         metadata: Any = None,
     ) -> Any:
-        """One call, a `meshlib.grpc.stream.Stream`, to be used as grpclib's stubs do.
+        """One call, a `meshlib.grpc.calling.stream.Stream`, to be used as grpclib's stubs do.
 
         Args:
             name: ``/pkg.Service/Method``.

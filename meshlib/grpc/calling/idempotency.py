@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..core.errors import ConfigurationError
+from ...core.errors import ConfigurationError
 
 __all__ = ["Idempotency", "declared"]
 

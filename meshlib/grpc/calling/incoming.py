@@ -18,14 +18,14 @@ from h2.events import (
 )
 from h2.settings import SettingCodes
 
-from ..core.clock import Clock
-from ..core.env import Metrics
-from ..core.errors import ConnectionLost, MeshError, Rejected, shown
+from ...core.clock import Clock
+from ...core.env import Metrics
+from ...core.errors import ConnectionLost, MeshError, Rejected, shown
+from ..inbound import Inbound
+from ..status import excess
 from .exchange import Exchange, reset_error
 from .heads import Options
-from .inbound import Inbound
 from .keepalive import Keepalive
-from .status import excess
 from .wire import Wire
 
 __all__ = ["STREAMS", "Incoming"]

@@ -21,25 +21,25 @@ from grpclib.const import Cardinality
 from grpclib.const import Status as GrpcStatus
 from grpclib.encoding.base import CodecBase
 
-from ..balancing.node import Node
-from ..client import Client
-from ..core.classify import PartialClassifier, ResponseClass, Rule
-from ..core.clock import Clock
-from ..core.env import Env
-from ..core.errors import RemoteError
-from ..core.events import Decisions
-from ..core.service import Status
-from ..core.stack import Stack
-from ..telemetry.grpc import GrpcClientTracing
+from ...balancing.node import Node
+from ...client import Client
+from ...core.classify import PartialClassifier, ResponseClass, Rule
+from ...core.clock import Clock
+from ...core.env import Env
+from ...core.errors import RemoteError
+from ...core.events import Decisions
+from ...core.service import Status
+from ...core.stack import Stack
+from ...telemetry.grpc import GrpcClientTracing
+from ..inbound import framed
+from ..status import judge, status_of
 from .call import Method, Reply, Request
 from .connector import connector_for
-from .inbound import framed
 from .methodconfig import beside
 from .pool import Connections
-from .status import judge, status_of
 
 if TYPE_CHECKING:
-    from ..names.delegation import Delegation
+    from ...names.delegation import Delegation
 
 __all__ = ["RAISED_CONTEXT", "RawCodec", "RawReply", "RpcClient", "rpc_client"]
 
@@ -199,7 +199,8 @@ def rpc_client(
 
     Args:
         target: Where: see `meshlib.grpc.Channel`.
-        layers: Each replaces the default at its place; plain filters are added, and see `meshlib.grpc.call.Request`.
+        layers: Each replaces the default at its place; plain filters are added, and see
+            `meshlib.grpc.calling.call.Request`.
         ssl: ``True``, an ``ssl.SSLContext`` or ``ssl.DefaultVerifyPaths``: speak TLS.
         config: grpclib's: windows, keepalive, and whose certificate to expect.
         max_message: Bytes of a message that may come.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..core.clock import Clock
-from ..core.context import Context
-from ..core.errors import InvalidArgument
+from ...core.clock import Clock
+from ...core.context import Context
+from ...core.errors import InvalidArgument
+from ..h2 import HeaderBlocks, literal
+from ..metadata import encode_context, encode_timeout
 from .call import Request
-from .h2 import HeaderBlocks, literal
-from .metadata import encode_context, encode_timeout
 
 __all__ = ["CONNECTION_WINDOW", "Heads", "Options", "connection_window"]
 

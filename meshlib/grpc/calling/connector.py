@@ -16,13 +16,13 @@ from grpclib.client import Channel as _Grpclib
 from grpclib.config import Configuration
 from grpclib.metadata import USER_AGENT
 
-from ..client import Liveness, Transport, describe
-from ..core.env import Env
-from ..core.errors import ConfigurationError, ConnectError
-from ..names.addr import Address, parse_hostport
-from ..names.target import Target
+from ...client import Liveness, Transport, describe
+from ...core.env import Env
+from ...core.errors import ConfigurationError, ConnectError
+from ...names.addr import Address, parse_hostport
+from ...names.target import Target
+from ..h2 import HEADER_LIST
 from .exchange import Exchange
-from .h2 import HEADER_LIST
 from .heads import Options, connection_window
 from .keepalive import Keepalive, Policy
 from .session import GrpcSession

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from h2.errors import ErrorCodes
 
-from ..core.errors import ConnectionLost, MeshError
+from ...core.errors import ConnectionLost, MeshError
 
 __all__ = ["Keepalive", "Policy"]
 

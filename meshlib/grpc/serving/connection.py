@@ -13,7 +13,7 @@ CLOSED     drained; broken; lost; or the grace period is over                  n
 
 Two GOAWAYs, since a client that has not heard of the first opens streams all the same (RFC 9113 6.8).
 
-What it sends is in `server_sending`; when it is silent, idle or alive for too long, `server_watch` says.
+What it sends is in `sending`; when it is silent, idle or alive for too long, `watch` says.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from h2.events import (
 )
 from h2.settings import SettingCodes
 
-from ..core.errors import shown
-from .h2 import LAST_STREAM, goaway
+from ...core.errors import shown
+from ..h2 import LAST_STREAM, goaway
+from .call import Cut, ServerCall
+from .h2 import ServerH2
 from .limits import Bucket
-from .server_call import Cut, ServerCall
-from .server_h2 import ServerH2
-from .server_sending import Sending
-from .server_watch import Verdict, Watch
+from .sending import Sending
+from .watch import Verdict, Watch
 
 if TYPE_CHECKING:
-    from .server_core import Serving
+    from .core import Serving
 
 __all__ = ["ServerConnection"]
 

@@ -8,19 +8,19 @@ from typing import Any, ClassVar, Self
 
 import anyio
 
-from ..core.context import VAR
-from ..core.deadlines import passed
-from ..core.env import Env
-from ..core.errors import ConnectError, NoEndpoints, ResolutionError
-from ..core.service import Filter, Service
-from ..core.stack import Layer, Layers
-from ..filters.retry import Retry
-from ..filters.timeout import DEFAULT_TOTAL, TotalTimeout
+from ...core.context import VAR
+from ...core.deadlines import passed
+from ...core.env import Env
+from ...core.errors import ConnectError, NoEndpoints, ResolutionError
+from ...core.service import Filter, Service
+from ...core.stack import Layer, Layers
+from ...filters.retry import Retry
+from ...filters.timeout import DEFAULT_TOTAL, TotalTimeout
+from ..inbound import PREFIX
+from ..status import excess, status_of
 from .channel import CallTimeout
 from .copies import Copies
-from .inbound import PREFIX
 from .methodconfig import MethodConfig, Retries, ServiceConfig, Throttling
-from .status import excess, status_of
 
 __all__ = ["ExponentialBackoff", "Tokens", "layers_of"]
 

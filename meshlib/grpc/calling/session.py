@@ -22,12 +22,12 @@ import anyio
 from h2.errors import ErrorCodes
 from h2.exceptions import NoAvailableStreamIDError, ProtocolError
 
-from ..core.clock import Clock
-from ..core.context import VAR
-from ..core.deadlines import Wheel, kept, wait_by
-from ..core.env import Metrics
-from ..core.errors import ConnectError, ConnectionLost, MeshError, Rejected
-from ..core.service import Status
+from ...core.clock import Clock
+from ...core.context import VAR
+from ...core.deadlines import Wheel, kept, wait_by
+from ...core.env import Metrics
+from ...core.errors import ConnectError, ConnectionLost, MeshError, Rejected
+from ...core.service import Status
 from .call import Reply, Request
 from .exchange import Exchange, fresh
 from .heads import Options

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Final
 
 import anyio
 
-from ..balancing.pool import SingletonPool
-from ..core.context import VAR
-from ..core.deadlines import wait_by
-from ..core.env import Env
-from ..core.errors import ConfigurationError, MeshError
-from ..core.service import ServiceFactory, Status
-from ..core.supervisor import Job
+from ...balancing.pool import SingletonPool
+from ...core.context import VAR
+from ...core.deadlines import wait_by
+from ...core.env import Env
+from ...core.errors import ConfigurationError, MeshError
+from ...core.service import ServiceFactory, Status
+from ...core.supervisor import Job
 
 __all__ = ["Connections", "SessionPool", "connections"]
 

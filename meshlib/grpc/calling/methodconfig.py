@@ -29,8 +29,8 @@ from typing import Any, Final
 
 from grpclib.const import Status
 
-from ..core.errors import ConfigurationError
-from ..core.stack import Layers
+from ...core.errors import ConfigurationError
+from ...core.stack import Layers
 
 __all__ = [
     "Hedging", "MethodConfig", "Retries", "ServiceConfig", "Throttling", "beside", "parse", "service_config",

@@ -18,12 +18,12 @@ from grpclib.exceptions import GRPCError
 from grpclib.metadata import decode_grpc_message
 from h2.errors import ErrorCodes
 
-from ..core.classify import ResponseClass
-from ..core.errors import DeadlineExceeded, MeshError, Rejected, RemoteError, shown
+from ...core.classify import ResponseClass
+from ...core.errors import DeadlineExceeded, MeshError, Rejected, RemoteError, shown
+from ..inbound import Inbound
+from ..metadata import decode_binary, decode_metadata
+from ..status import answered, excess, judge, to_mesh
 from .call import Reply, Request
-from .inbound import Inbound
-from .metadata import decode_binary, decode_metadata
-from .status import answered, excess, judge, to_mesh
 
 if TYPE_CHECKING:
     from .session import GrpcSession

@@ -12,13 +12,13 @@ from grpclib.const import Cardinality, Handler, Status
 from grpclib.encoding.base import GRPC_CONTENT_TYPE, CodecBase
 from grpclib.encoding.proto import ProtoCodec
 
-from ..core.context import VAR
-from ..core.deadlines import passed
-from ..core.env import Counter, Env, Histogram
-from ..core.errors import ConfigurationError, shown
-from ..core.service import Filter, Service
+from ...core.context import VAR
+from ...core.deadlines import passed
+from ...core.env import Counter, Env, Histogram
+from ...core.errors import ConfigurationError, shown
+from ...core.service import Filter, Service
+from ..status import status_of
 from .head import ACCEPTED
-from .status import status_of
 
 __all__ = ["HEALTH", "REFLECTION", "Method", "MethodStats", "mapping_of", "services_of", "unknown"]
 
