@@ -11,6 +11,7 @@ import anyio.abc
 import h2.config
 import h2.connection
 import h2.events
+import h2.exceptions
 import h2.settings
 import httpx
 
@@ -58,7 +59,9 @@ class Server:
                 while True:
                     for event in peer.h2.receive_data(await stream.receive()):
                         peer.seen.append(event)
-                        await self.handle(peer, event)
+                        # An answer may cross with the client's word that it waits no more.
+                        with contextlib.suppress(h2.exceptions.StreamClosedError):
+                            await self.handle(peer, event)
                     await peer.flush()
 
 

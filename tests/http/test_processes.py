@@ -171,7 +171,7 @@ async def test_three_bad_servers_among_three_good_ones_are_not_noticed():
         for listener, handle in bad_ones:
             group.start_soon(listener.serve, handle)
         target = ",".join(f"127.0.0.1:{port}" for port in ports)
-        async with client_of(target, meshlib.timeout(attempt=0.25)) as client:
+        async with client_of(target, meshlib.timeout(attempt=1.0)) as client:
             load = Load(client)
             await load.run(1000)
             [below] = client._transport.clients

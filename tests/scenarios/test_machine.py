@@ -110,7 +110,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
 
 def test_the_books_balance_after_any_steps_that_hypothesis_finds():
-    examples = int(os.environ.get("MESHLIB_MACHINE", "15"))
+    examples = int(os.environ.get("MESHLIB_MACHINE", "8"))
     chosen = settings(
         max_examples=examples,
         stateful_step_count=40,
@@ -124,7 +124,7 @@ def test_the_books_balance_after_any_steps_that_hypothesis_finds():
 WALKS = (
     [int(os.environ["MESHLIB_WALK"])]
     if "MESHLIB_WALK" in os.environ
-    else range(int(os.environ.get("MESHLIB_WALKS", "20")))
+    else range(int(os.environ.get("MESHLIB_WALKS", "10")))
 )
 
 
