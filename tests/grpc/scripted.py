@@ -157,6 +157,7 @@ async def scripted(
         yield f"{host}:{port}", peers
     finally:
         server.close()
+        await asyncio.sleep(0.01)  # for tasks of connections that have been accepted in this moment
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
