@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final
 
 import anyio
 import grpclib.client
@@ -24,14 +23,12 @@ from grpclib.encoding.proto import ProtoCodec, ProtoStatusDetailsCodec, _googlea
 from grpclib.events import _DispatchChannelEvents
 from grpclib.metadata import Deadline
 
-from ...balancing.node import Node
 from ...client import Client
 from ...core.classify import PartialClassifier, Rule
 from ...core.clock import Clock
 from ...core.env import Env
 from ...core.errors import ConfigurationError
-from ...core.events import Decisions
-from ...core.service import Service, Status
+from ...core.service import Service
 from ...core.stack import Stack
 from ...core.supervisor import Supervisor
 from ...filters.timeout import DEFAULT_TOTAL, TotalTimeout
@@ -39,13 +36,11 @@ from ...telemetry.grpc import GrpcClientTracing
 from ..status import excess, judge, raised
 from .call import Method, Request
 from .connector import connector_for
+from .face import Face
 from .idempotency import Idempotency
 from .methodconfig import beside
 from .pool import Connections
 from .stream import Stream
-
-if TYPE_CHECKING:
-    from ...names.delegation import Delegation
 
 __all__ = ["MAX_MESSAGE", "CallTimeout", "Channel"]
 
@@ -73,7 +68,7 @@ class CallTimeout(TotalTimeout):
         return await super().apply(request, service)
 
 
-class Channel(grpclib.client.Channel):
+class Channel(Face, grpclib.client.Channel):
     """A gRPC client with the whole stack, for any stub made for grpclib.
 
     Args:
@@ -232,44 +227,7 @@ class Channel(grpclib.client.Channel):
 
     async def aclose(self) -> None:
         """Close every connection, and wait until that is done. Twice is the same as once."""
+        await super().aclose()
         with anyio.CancelScope(shield=True):
-            await self.client.aclose()
             if self._closing is not None:
                 await self._closing.join()
-
-    async def __aenter__(self) -> Self:
-        self.client.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    # --- what can be seen of it ---------------------------------------------------------------------------------------
-
-    @property
-    def status(self) -> Status:
-        """Closed, or the best of its endpoints' statuses."""
-        return self.client.status
-
-    @property
-    def events(self) -> Decisions:
-        """What its layers decide, and why: ``channel.events.listen(print)``."""
-        return self.client.events
-
-    @property
-    def endpoints(self) -> tuple[Node, ...]:
-        """Its endpoints; each prints its status, the reason for it, and its load."""
-        return self.client.endpoints
-
-    def metrics(self) -> dict[str, float]:
-        """Every number this channel keeps, by name."""
-        return self.client.metrics()
-
-    async def delegate(self) -> Delegation:
-        """Where a call made here and now would go, and why; see `meshlib.delegate`."""
-        return await self.client.delegate()
-
-    def __repr__(self) -> str:
-        return repr(self.client)

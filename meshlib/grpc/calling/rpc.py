@@ -12,34 +12,26 @@ plain failure. The rest of a failure is what `status` makes of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol
 
-import anyio
 from grpclib.config import Configuration
 from grpclib.const import Cardinality
 from grpclib.const import Status as GrpcStatus
 from grpclib.encoding.base import CodecBase
 
-from ...balancing.node import Node
 from ...client import Client
 from ...core.classify import PartialClassifier, ResponseClass, Rule
 from ...core.clock import Clock
-from ...core.env import Env
 from ...core.errors import RemoteError
-from ...core.events import Decisions
-from ...core.service import Status
 from ...core.stack import Stack
 from ...telemetry.grpc import GrpcClientTracing
 from ..inbound import framed
 from ..status import judge, status_of
 from .call import Method, Reply, Request
 from .connector import connector_for
+from .face import Face
 from .methodconfig import beside
 from .pool import Connections
-
-if TYPE_CHECKING:
-    from ...names.delegation import Delegation
 
 __all__ = ["RAISED_CONTEXT", "RawCodec", "RawReply", "RpcClient", "rpc_client"]
 
@@ -89,7 +81,7 @@ class RawReply(NamedTuple):
     contexts: tuple[tuple[bytes, bytes], ...] = ()
 
 
-class RpcClient:
+class RpcClient(Face):
     """A client of bytes. See `rpc_client`."""
 
     def __init__(self, client: Client[Request, Any], max_reply: int) -> None:
@@ -122,55 +114,6 @@ class RpcClient:
         )
         self._methods[request.dest, request.idempotent] = method
         return method
-
-    @property
-    def env(self) -> Env:
-        """The client's label, name and the rest."""
-        return self.client.env
-
-    def start(self) -> None:
-        """Begin to resolve the target; the first call does it as well."""
-        self.client.start()
-
-    async def aclose(self) -> None:
-        """Close every connection. Calls under way fail; twice is the same as once."""
-        await self.client.aclose()
-
-    async def __aenter__(self) -> Self:
-        self.client.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.aclose()
-
-    @property
-    def status(self) -> Status:
-        """How fit the client is to be used."""
-        return self.client.status
-
-    @property
-    def events(self) -> Decisions:
-        """What its layers decide, and why."""
-        return self.client.events
-
-    @property
-    def endpoints(self) -> tuple[Node, ...]:
-        """Its endpoints; each prints its status, the reason for it, and its load."""
-        return self.client.endpoints
-
-    def metrics(self) -> dict[str, float]:
-        """Every number this client keeps, by name."""
-        return self.client.metrics()
-
-    async def delegate(self) -> Delegation:
-        """Where a call made here and now would go, and why; see `meshlib.delegate`."""
-        return await self.client.delegate()
-
-    def __repr__(self) -> str:
-        return repr(self.client)
 
 
 def judge_rpc(request: Any, reply: Any, error: BaseException | None) -> ResponseClass | None:
