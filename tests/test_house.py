@@ -232,7 +232,8 @@ anyio.run(main)
 
 def test_importing_it_is_quick_beside_what_it_stands_on(tmp_path):
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    timed = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+    # The processor's time: what others do meanwhile does not count.
+    timed = "import time; t = time.process_time(); {}; print(time.process_time() - t)"
     ours, theirs = [], []
     for _ in range(6):
         theirs.append(float(run(timed.format(YARDSTICK), **compiled)))

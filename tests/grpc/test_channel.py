@@ -132,7 +132,7 @@ async def test_a_certificate_for_somebody_else_is_refused(certificate, pb):
         context = ssl.create_default_context(cafile=certificate[0])
         context.set_alpn_protocols(["h2"])
         async with meshlib.grpc.Channel(address, ssl=context) as each:
-            with pytest.raises(GRPCError, match=r"TLS failed.*127\.0\.0\.1") as caught:
+            with pytest.raises(GRPCError, match=r"TLS failed.*127\.0\.0\.1; .*ssl_target_name_override") as caught:
                 await stub_of(each).EmptyCall(pb.Empty(), timeout=0.3)
         assert caught.value.status in (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED)
         async with meshlib.grpc.Channel(address, ssl=True) as each:

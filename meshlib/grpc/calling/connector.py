@@ -130,7 +130,9 @@ class GrpcConnector:
                 )
         except ssl.SSLError as error:
             what = getattr(error, "verify_message", "") or error.reason or str(error)
-            raise ConnectError(f"TLS failed: {what} (expected a certificate for {name})") from error
+            # A registry's addresses are names of nothing: whose certificate to expect has to be said.
+            hint = "" if self._name else "; Configuration(ssl_target_name_override=…) expects another name"
+            raise ConnectError(f"TLS failed: {what} (expected a certificate for {name}{hint})") from error
         except OSError as error:
             raise ConnectError(describe(error)) from error
 
