@@ -252,14 +252,19 @@ class Middleware:
         async def sent(message: Any) -> None:
             if message["type"] == "lifespan.startup.complete" and self._linger is not None:
                 self._signals.start()
+            if message["type"].startswith("lifespan.shutdown."):
+                await self._end_life()  # before it is told: hypercorn cancels whoever goes on after it
             await send(message)
 
         try:
             await self.app(scope, receive, sent)
         finally:
-            self._signals.stop()
-            with anyio.CancelScope(shield=True):
-                await self.env.supervisor.stop()
+            await self._end_life()
+
+    async def _end_life(self) -> None:
+        self._signals.stop()
+        with anyio.CancelScope(shield=True):
+            await self.env.supervisor.stop()
 
     def drain(self) -> None:
         """New requests are not welcome any more: readiness is off, and connections end with their next answer."""
