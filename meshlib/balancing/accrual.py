@@ -14,7 +14,6 @@ once in the run, however many calls were on it, since it is one failure.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -76,18 +75,34 @@ class FailureAccrual(Filter[Any, Any, Any, Any]):
             else:
                 self._said_nothing(mine)
             raise
-        if self._judge_replies:
+        if self._lasting is not None and (lasting := self._lasting(reply)) is not None:
+            self._lasts(mine, request, reply, lasting)
+        elif self._judge_replies:
             self._ended(mine, request, reply, None)
         elif circuit.succeeded(mine, self._clock.now()):
             self._revived()
-        if self._lasting is not None and (lasting := self._lasting(reply)) is not None:
-            lasting.on_end(functools.partial(self._broke_off, request))
         return reply
 
-    def _broke_off(self, request: Any, error: Exception | None) -> None:
-        """The end of a reply that lasted beyond the call, whose beginning was a success."""
-        if error is not None and self.circuit.state is CLOSED:
-            self._ended(self.circuit.now_valid, request, None, error)
+    def _lasts(self, mine: int, request: Any, reply: Any, lasting: Lasting) -> None:
+        """A reply that lasts beyond the call counts once, at its end; but a probe is answered by its beginning."""
+        circuit = self.circuit
+        if self._judge_replies and outcome_of(self._env.classifier, request, reply, None) is not Outcome.SUCCESS:
+            self._ended(mine, request, reply, None)
+            return
+        begun, probe = False, circuit.state is not CLOSED
+
+        def ended(error: Exception | None) -> None:
+            if not begun:  # it is over already
+                self._ended(mine, request, None if error else reply, error)
+            elif circuit.state is CLOSED and (error is not None or not probe):
+                # What has broken off now is news of now, however long ago it began.
+                current = mine if circuit.heeds(mine) else circuit.now_valid
+                self._ended(current, request, None if error else reply, error)
+
+        lasting.on_end(ended)
+        begun = True
+        if probe and circuit.succeeded(mine, self._clock.now()):
+            self._revived()
 
     def _pass(self) -> int:
         mine = self.circuit.probe(self._clock.now())

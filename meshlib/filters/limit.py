@@ -7,6 +7,8 @@ process that takes everything it is offered first gets slow and then gets killed
 The limit is a number, or follows latency and event-loop lag (`adaptive`, `lag`). In front of it may stand a short queue
 (`waiting`); a place that becomes free is handed to whoever is next, so it is never lost and never given twice.
 
+A client's reply that lasts beyond the call, a stream or a body that is still being read, has its place until it ends.
+
 The least important go first: sheddable requests have nine tenths of the limit, so that more important ones find a
 place, and in the queue whoever is more important takes the next place, or the last seat.
 """
@@ -14,6 +16,7 @@ place, and in the queue whoever is more important takes the next place, or the l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 import anyio
@@ -23,7 +26,7 @@ from ..core.deadlines import kept, passed
 from ..core.env import Env
 from ..core.errors import ConfigurationError, DeadlineExceeded, MeshError, Rejected
 from ..core.priority import Priority
-from ..core.service import Call, Filter, Service
+from ..core.service import Call, Filter, Lasting, Service
 from .adaptive import Adaptive, AdaptiveLimit
 from .lag import LoopLag
 from .waiting import INTERVAL, Waiter, WaitingLine
@@ -76,6 +79,7 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
         self._line = WaitingLine()
         self._waits = bool(queue) if queue is not None else self._policy is not None
         self._plain = not self._waits and self._policy is None
+        self._lasting: Callable[[Any], Lasting | None] | None = env.params.get(Lasting)
         self._lag: LoopLag | None = None
         if self._policy is not None and env.kind == "server" and env.label:
             self._lag = env.shared(LoopLag, lambda: LoopLag(env))
@@ -112,6 +116,8 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
             self.active += 1
             if hasattr(request, "on_complete"):
                 return await self._until_complete(request, service, None)
+            if self._lasting is not None:
+                return await self._until_ended(request, service, None)
             try:
                 return await service(request)
             finally:
@@ -129,6 +135,8 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
         began = self._clock.now()
         if hasattr(request, "on_complete"):
             return await self._until_complete(request, service, began)
+        if self._lasting is not None:
+            return await self._until_ended(request, service, began)
         try:
             reply = await service(request)
         except BaseException as error:
@@ -164,6 +172,26 @@ class ConcurrencyLimit(Filter[Any, Any, Any, Any]):
             raise
         complete()
         return reply
+
+    async def _until_ended(self, request: Any, service: Service[Any, Any], began: float | None) -> Any:
+        """Send a request whose reply may last beyond the call, and then has its place until it ends."""
+        held: Lasting | None = None
+        try:
+            reply = await service(request)
+            if began is not None:
+                self._succeeded(began)
+            if self._lasting is not None:
+                held = self._lasting(reply)
+            return reply
+        except BaseException as error:
+            if began is not None:
+                self._failed(error)
+            raise
+        finally:
+            if held is None:
+                self._leave()
+            else:
+                held.on_end(lambda _: self._leave())
 
     # --- coming -------------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from .calling.channel import Channel
     from .calling.methodconfig import service_config
     from .calling.pool import connections
+    from .calling.rpc import rpc_client as rpc_client
     from .serving.limits import Limits
+    from .serving.rpc import serve_rpc as serve_rpc
     from .serving.server import Server, serve
 
 __all__ = ["Channel", "Limits", "Server", "connections", "serve", "service_config"]
@@ -26,7 +30,9 @@ _WHERE = {
     "Limits": (".serving.limits", "Limits"),
     "Server": (".serving.server", "Server"),
     "connections": (".calling.pool", "connections"),
+    "rpc_client": (".calling.rpc", "rpc_client"),
     "serve": (".serving.server", "serve"),
+    "serve_rpc": (".serving.rpc", "serve_rpc"),
     "service_config": (".calling.methodconfig", "service_config"),
 }
 
@@ -38,6 +44,14 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     module, attribute = _WHERE[name]
-    value = getattr(importlib.import_module(module, __name__), attribute)
+    try:
+        value = getattr(importlib.import_module(module, __name__), attribute)
+    except ModuleNotFoundError as error:
+        guest = (error.name or "").partition(".")[0]
+        if guest == "meshlib":
+            raise
+        raise ConfigurationError(
+            f"meshlib.grpc needs {guest}, which is not installed: pip install 'meshlib-rpc[grpc]'"
+        ) from error
     globals()[name] = value
     return value

@@ -60,13 +60,13 @@ class Inbound:
         size = int.from_bytes(buffer[1:PREFIX])
         if size > self._most:
             raise GRPCError(
-                Status.RESOURCE_EXHAUSTED, f"a message of {size} bytes is larger than the {self._most} that are allowed"
+                Status.RESOURCE_EXHAUSTED, f"a message of {size} bytes, more than the {self._most} that are allowed"
             )
         flag = buffer[0]
         if flag > 1 or (flag and not self._encoding):
             raise GRPCError(
                 Status.INTERNAL,
-                "a compressed message came without grpc-encoding" if flag == 1 else f"a message with the flag {flag}",
+                "a compressed message without grpc-encoding" if flag == 1 else f"a message with the flag {flag}",
             )
         end = PREFIX + size
         if len(buffer) < end:
@@ -75,6 +75,11 @@ class Inbound:
         del buffer[:end]
         self.messages += 1
         return gunzip(message, self._most) if flag else message
+
+    @property
+    def begun(self) -> bool:
+        """Has something come that has not been taken?"""
+        return bool(self._bytes)
 
     def at_end(self) -> None:
         """Check that a request which has ended did so between two messages.
@@ -103,13 +108,13 @@ def gunzip(data: bytes, most: int) -> bytes:
     try:
         plain = reader.decompress(data, most + 1)
     except zlib.error:
-        raise GRPCError(Status.INTERNAL, "a message that is said to be gzip is not") from None
+        raise GRPCError(Status.INTERNAL, "a message that is said to be gzip, and is not") from None
     if len(plain) > most:
         raise GRPCError(
-            Status.RESOURCE_EXHAUSTED, f"a message is larger than the {most} bytes that are allowed, uncompressed"
+            Status.RESOURCE_EXHAUSTED, f"a message of more than the {most} bytes that are allowed, uncompressed"
         )
     if not reader.eof or reader.unused_data:
-        raise GRPCError(Status.INTERNAL, "a message that is said to be gzip is cut short, or more than that")
+        raise GRPCError(Status.INTERNAL, "a message that is said to be gzip, and is cut short, or more than that")
     return plain
 
 

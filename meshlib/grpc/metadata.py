@@ -19,9 +19,10 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from grpclib.metadata import encode_bin_value, encode_metadata
 from multidict import MultiDict
 
 from ..core.context import Context, TraceId
@@ -29,7 +30,10 @@ from ..core.priority import Priority
 from ..core.traceparent import write_traceparent
 from ..names.carried import LONGEST, MOST_TRIES, TextReader, carried
 
-__all__ = ["ContextReader", "decode_metadata", "decode_timeout", "encode_context", "encode_timeout"]
+__all__ = [
+    "ContextReader", "checked_metadata", "decode_metadata", "decode_timeout", "encode_context", "encode_timeout",
+    "sent_metadata",
+]  # fmt: skip
 
 TIMEOUT: Final = b"grpc-timeout"
 ATTEMPTS: Final = b"grpc-previous-rpc-attempts"
@@ -50,6 +54,8 @@ MOST_CARRIED: Final = 4096
 """Bytes of Dtab, baggage, trace state, client id and priority, in all. gRPC's core begins to refuse requests with more
 than 8 KiB of metadata (``grpc.max_metadata_size``; all above 16 KiB), and the user's own need their half."""
 _SPECIAL: Final = frozenset(("te", "content-type", "user-agent"))
+_NAME: Final = re.compile(r"[0-9a-z_.-]+")
+_VALUE: Final = re.compile(r"[ -~]*")
 
 
 def encode_timeout(seconds: float) -> str:
@@ -109,11 +115,49 @@ def encode_context(context: Context, *, propagate: bool = True) -> list[tuple[st
     return pairs
 
 
+def sent_metadata(metadata: Any) -> list[tuple[str, str]]:
+    """What users send along, as it goes onto the wire: without spaces at its ends, which HTTP/2 allows to no value.
+
+    Args:
+        metadata: A mapping, or pairs.
+
+    Raises:
+        ValueError: A name or value may not be sent.
+        TypeError: A value is of the wrong type.
+    """
+    return [(name, value.strip(" ")) for name, value in encode_metadata(metadata)]
+
+
+def checked_metadata(metadata: Any) -> list[tuple[str, str]]:
+    """What is on a request when it is sent, which a filter may have set: names and values as they go onto the wire.
+
+    Args:
+        metadata: A mapping, or pairs.
+
+    Raises:
+        ValueError: A name or value may not be sent.
+    """
+    pairs: list[tuple[str, str]] = []
+    for name, value in metadata.items() if isinstance(metadata, Mapping) else metadata:
+        if not isinstance(name, str) or name in _SPECIAL or name.startswith("grpc-") or not _NAME.fullmatch(name):
+            raise ValueError(f"no name of metadata: {name!r}")
+        if isinstance(value, bytes) and name.endswith("-bin"):
+            value = encode_bin_value(value).decode("ascii")
+        elif not isinstance(value, str):
+            raise ValueError(f"the metadata {name!r} is {type(value).__name__}: give a text, or bytes for -bin")
+        if not _VALUE.fullmatch(value):
+            raise ValueError(f"the metadata {name!r} is not ASCII; a name that ends in -bin takes bytes: {value!r}")
+        if name.endswith("-bin"):
+            decode_binary(value)
+        pairs.append((name, value.strip(" ")))
+    return pairs
+
+
 def decode_metadata(headers: Iterable[tuple[str, str]]) -> Any:
     """The metadata in headers as they came, as grpclib gives it; a binary value that is none is left out."""
     metadata: MultiDict[str | bytes] = MultiDict()
     for name, value in headers:
-        if name[0] == ":" or name.startswith("grpc-") or name in _SPECIAL:
+        if not name or name[0] == ":" or name.startswith("grpc-") or name in _SPECIAL:
             continue
         if name.endswith("-bin"):
             for part in value.split(","):  # several values may come as one
@@ -160,7 +204,7 @@ class ContextReader(TextReader):
                 found[name] = value
         if not found:
             return Context()
-        return Context(
+        context = Context(
             deadline=self._deadline(found.get(TIMEOUT)),
             trace=self._trace(found),
             dtab=self._dtab(found.get(b"dtab-local")),
@@ -169,6 +213,7 @@ class ContextReader(TextReader):
             baggage=self._text(found.get(b"baggage")),
             priority=self._priority(found.get(b"meshlib-priority")),
         )
+        return self._believed(context)
 
     def _deadline(self, value: bytes | None) -> float | None:
         if value is None:

@@ -221,8 +221,11 @@ class _Face(GRPCError):
     Attributes:
         status: See `grpclib.const.Status`.
         details: The rich details, decoded, if the server sent any.
+        initial_metadata: What came before, if a server had begun to answer a call that does not stream.
         trailing_metadata: What came with the status.
     """
+
+    initial_metadata: Any = None
 
     _said: str | None
     _told: str

@@ -1,6 +1,7 @@
 """Spans of gRPC clients: OpenTelemetry's RPC conventions 1.45, with gRPC's names of statuses.
 
-A stream's span lasts until the stream is over. What an error's status is, the error itself says (``error.status``).
+A stream's span lasts until the stream is over, and has the status that it ended with. What an error's status is, the
+request says (``request.status_name``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from typing import Any
 
 from opentelemetry.trace import Span
 
+from ..core.context import VAR
+from ..core.deadlines import passed
 from .tracing import ClientTracing
 
 __all__ = ["GrpcClientTracing"]
@@ -19,13 +22,15 @@ class GrpcClientTracing(ClientTracing):
 
     def _end(self, span: Span, error: BaseException | None, request: Any, reply: Any) -> None:
         later = getattr(reply, "on_end", None)
-        if error is None and later is not None and not reply.over:
-            later(lambda failed: self._finally(span, failed, request, reply))
+        if error is None and later is not None:
+            later(lambda _: self._finally(span, reply.failure(), request))
         else:
-            self._finally(span, error, request, reply)
+            self._finally(span, error, request)
 
-    def _finally(self, span: Span, error: BaseException | None, request: Any, reply: Any) -> None:
-        status = getattr(getattr(error, "status", None), "name", None)
-        if status is not None and span.is_recording():
-            span.set_attribute("rpc.status_code", status)
-        super()._end(span, error, request, reply)
+    def _finally(self, span: Span, error: BaseException | None, request: Any) -> None:
+        if span.is_recording():
+            expired = (
+                error is not None and not isinstance(error, Exception) and passed(VAR.get().deadline, self.env.clock)
+            )
+            span.set_attribute("rpc.status_code", "DEADLINE_EXCEEDED" if expired else request.status_name(error))
+        super()._end(span, error, request, None)

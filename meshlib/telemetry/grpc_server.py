@@ -30,8 +30,10 @@ class GrpcServerTracing(ServerTracing):
     def _end(self, span: Span, error: BaseException | None, request: Any, reply: Any) -> None:
         if span.is_recording():
             name = request.status_name(error)
-            span.set_attribute("rpc.response.status_code", name)
+            span.set_attribute("rpc.status_code", name)
             if name in FAILED and not request.declared:
                 span.set_attribute("error.type", name)
-                span.set_status(Status(StatusCode.ERROR, "" if error is None else str(error)))
+                # grpclib's own exceptions are, as text, a tuple.
+                said = "" if error is None else getattr(error, "message", None) or str(error)
+                span.set_status(Status(StatusCode.ERROR, said))
         span.end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, Final
 
 from opentelemetry import trace as otel
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
@@ -13,16 +13,26 @@ from ..core.context import VAR
 from ..core.service import Service
 from .tracing import ClientTracing, ServerTracing
 
-__all__ = ["HttpClientTracing", "HttpServerTracing"]
+__all__ = ["METHODS", "HttpClientTracing", "HttpServerTracing"]
+
+METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"))
+"""Others are ``_OTHER``: a method is whatever a caller says, and names of spans and metrics are to be few."""
+
+
+def _method(method: str) -> tuple[str, dict[str, Any]]:
+    """What a span is called for its method, and its attributes."""
+    if method in METHODS:
+        return method, {"http.request.method": method}
+    return "HTTP", {"http.request.method": "_OTHER", "http.request.method_original": method}
 
 
 class HttpClientTracing(ClientTracing):
     """The span of a logical call; its retries are events on it."""
 
     def _attributes(self, request: Any) -> tuple[str, dict[str, Any]]:
-        method, url = request.method, request.url
-        facts = {"http.request.method": method, "url.full": str(url.copy_with(userinfo=b"", query=None))}
-        return method, facts
+        name, facts = _method(request.method)
+        facts["url.full"] = str(request.url.copy_with(userinfo=b"", query=None))
+        return name, facts
 
     def _answered(self, span: Span, request: Any, reply: Any) -> None:
         if reply is not None:
@@ -72,14 +82,15 @@ class HttpServerTracing(ServerTracing):
 
     def _attributes(self, request: Any) -> tuple[str, dict[str, Any]]:
         scope = request.scope
-        facts = {"http.request.method": request.method, "url.path": request.path, "url.scheme": scope["scheme"]}
+        name, facts = _method(request.method)
+        facts |= {"url.path": request.path, "url.scheme": scope["scheme"]}
         if scope.get("http_version"):
             facts["network.protocol.version"] = scope["http_version"]
-        return request.method, facts
+        return name, facts
 
     def _answered(self, span: Span, request: Any, reply: Any) -> None:
         if request.route:
-            span.update_name(f"{request.method} {request.route}")
+            span.update_name(f"{_method(request.method)[0]} {request.route}")
             span.set_attribute("http.route", request.route)
         if request.status:
             span.set_attribute("http.response.status_code", request.status)

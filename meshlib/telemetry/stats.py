@@ -3,17 +3,22 @@
 The same layer stands in three places: at the top of a client (logical calls), above each endpoint (attempts), and at
 the top of a server. Finagle: StatsFilter, whose names these are; unlike it, a client counts logical calls at the top,
 so that its success rate is what its callers saw.
+
+A reply that lasts beyond the call (`Lasting`: a stream, a body) is a request with the latency of its beginning, and a
+success or a failure when it ends; until then it is neither.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from ..core.classify import ResponseClass, classify
 from ..core.context import VAR
 from ..core.deadlines import passed
 from ..core.env import Env
-from ..core.service import Filter, Service
+from ..core.service import Filter, Lasting, Service
 
 __all__ = ["EndpointStats", "Stats"]
 
@@ -30,6 +35,7 @@ class Stats(Filter[Any, Any, Any, Any]):
         self._metrics = metrics
         self._now = env.clock
         self._classify = None if env.classifier is classify else env.classifier
+        self._lasting: Callable[[Any], Lasting | None] | None = env.params.get(Lasting)
         self._requests = metrics.counter("requests")
         self._success = metrics.counter("success")
         self._failures = metrics.counter("failures")
@@ -78,11 +84,21 @@ class Stats(Filter[Any, Any, Any, Any]):
             return reply
         self._requests.value += 1
         self._latency.record((now() - started) * 1e3)
+        if verdict is not ResponseClass.SUCCESS:
+            self._failed("reply")
+        elif self._lasting is not None and (lasting := self._lasting(reply)) is not None:
+            lasting.on_end(functools.partial(self._ended, request))
+        else:
+            self._success.value += 1
+        return reply
+
+    def _ended(self, request: Any, error: Exception | None) -> None:
+        """The end of a reply that has begun well."""
+        verdict = ResponseClass.SUCCESS if error is None else (self._classify or classify)(request, None, error)
         if verdict is ResponseClass.SUCCESS:
             self._success.value += 1
-        else:
-            self._failed("reply")
-        return reply
+        elif verdict is not ResponseClass.IGNORABLE:
+            self._failed(type(error).__name__)
 
     def __repr__(self) -> str:
         return f"{self.place}()"

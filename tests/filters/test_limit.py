@@ -7,6 +7,7 @@ import meshlib
 from meshlib import concurrency_limit
 from meshlib.core.env import Env
 from meshlib.core.errors import ConfigurationError, Rejected
+from meshlib.core.service import Lasting
 from meshlib.telemetry.metrics import Registry
 
 
@@ -62,6 +63,38 @@ async def test_slots_are_given_back_after_errors_and_cancellations():
         with pytest.raises(ValueError, match="x"):
             await bench.service("fail")
     assert bench.count("concurrency") == 0
+
+
+class Stream:
+    """A reply whose end is told."""
+
+    def on_end(self, callback):
+        self.end = callback
+
+
+@pytest.mark.parametrize("limit", [2, meshlib.adaptive(2, max_limit=2)])
+async def test_a_reply_that_lasts_has_its_place_until_it_ends(limit):
+    env = Env(metrics=Registry())
+    env.params[Lasting] = lambda reply: reply if isinstance(reply, Stream) else None
+
+    async def serve(request):
+        if isinstance(request, Exception):
+            raise request
+        return request
+
+    layer = concurrency_limit(limit, queue=0)
+    service = layer.build(env, serve)
+    one, two = Stream(), Stream()
+    assert (await service(one), await service(two)) == (one, two)
+    with pytest.raises(Rejected):
+        await service("three")
+    one.end(None)
+    assert await service("three") == "three"
+    with pytest.raises(ValueError, match="wrong"):
+        await service(ValueError("wrong"))
+    assert env.metrics.snapshot()["limit/concurrency"] == 1
+    two.end(ValueError("broke off"))
+    assert env.metrics.snapshot()["limit/concurrency"] == 0
 
 
 async def test_a_storm_never_exceeds_the_limit_and_leaves_nothing():

@@ -111,6 +111,8 @@ def test_targets_and_layers_that_make_no_sense_are_refused():
         meshlib.grpc.Channel("")
     with pytest.raises(meshlib.ConfigurationError):
         meshlib.grpc.Channel("h:1", object())
+    with pytest.raises(meshlib.ConfigurationError, match=r"give one target, '127\.0\.0\.1:50051'"):
+        meshlib.grpc.Channel("127.0.0.1", 50051)
     for options in ({"most": 0}, {"age": 0}, {"idle": -1}, {"most": True}):
         with pytest.raises(meshlib.ConfigurationError):
             meshlib.grpc.connections(**options)
@@ -273,7 +275,7 @@ async def test_events_are_told_and_may_change_what_they_tell_of(pb):
             event.message = pb.SimpleRequest(reply_size=3)
 
     async def initial(event):
-        seen.append(event.metadata["x-initial"])
+        seen.append(event.metadata.get("x-initial", "no initial"))
 
     async def received(event):
         seen.append(len(event.message.payload))

@@ -55,11 +55,11 @@ async def test_replies_that_are_too_large_for_one_caller_do_not_cost_the_others_
 
     async with scripted(answering(step)) as (address, peers), channel(address, max_message=100) as each:
         for _ in range(MANY):
-            with pytest.raises(meshlib.RemoteError, match="101 bytes is larger than the 100") as caught:
+            with pytest.raises(meshlib.RemoteError, match="101 bytes, more than the 100") as caught:
                 await unary(each, "/x.Y/Large")(b"x")
             assert caught.value.status is Status.RESOURCE_EXHAUSTED
             assert not isinstance(caught.value, meshlib.Rejected)
-            with pytest.raises(GRPCError, match="101 bytes is larger than the 100"):
+            with pytest.raises(GRPCError, match="101 bytes, more than the 100"):
                 await UnaryStreamMethod(each, "/x.Y/Stream", bytes, bytes)(b"x")
         assert each.endpoints[0].status is meshlib.Status.OPEN
         metrics = each.metrics()
@@ -146,7 +146,7 @@ async def test_a_header_that_cannot_be_encoded_leaves_the_connection_as_it_was()
     ):
         assert await unary(each, "/x.Y/One")(b"x") == b"well"
         bad = True
-        with pytest.raises(meshlib.InvalidArgument, match=r"'x-user' of /x\.Y/Two is not ASCII") as caught:
+        with pytest.raises(meshlib.InvalidArgument, match=r"/x\.Y/Two: the metadata 'x-user' is not ASCII") as caught:
             await unary(each, "/x.Y/Two")(b"x")
         assert caught.value.status is Status.INVALID_ARGUMENT
         bad = False

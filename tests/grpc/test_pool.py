@@ -306,3 +306,59 @@ def test_closing_ends_all_and_tells_those_who_wait():
 def test_it_prints_as_it_was_typed():
     assert repr(Connections()) == "connections(most=10, idle=30 s)"
     assert repr(connections(3, age=60, idle=5)) == "connections(most=3, age=60 s, idle=5 s)"
+
+
+def test_each_of_several_grows_old_and_is_replaced():
+    @virtual
+    async def check(pool, factory, env):
+        call = pool.to_service()
+
+        async def calls():
+            while env.clock.now() < 95:
+                await call("x")
+
+        async with anyio.create_task_group() as group:
+            for _ in range(4):
+                group.start_soon(calls)
+            await anyio.sleep(90)
+            # Both are past their 60 s, give or take a tenth, and those in their places are not.
+            assert [session.retired for session in factory.sessions] == [1, 1, 0, 0]
+            assert len(pool.sessions) == 2
+        assert numbers(env)["pool/replaced"] == 2
+
+    check(policy=connections(age=60), limit=2)
+
+
+def test_one_that_grows_old_as_a_further_one_goes_on_growing_old_as_the_first():
+    @virtual
+    async def check(pool, factory, env):
+        call = pool.to_service()
+        await at_once(pool, 4)
+        await anyio.sleep(1)
+        assert len(pool.sessions) == 2
+        await anyio.sleep(20)
+        factory.sessions[0].leave()
+        assert pool.sessions == (factory.sessions[1],)
+        await anyio.sleep(50)
+        assert factory.sessions[1].retired == 1
+        assert await call("x") == 3
+        assert len(pool.sessions) == 1
+
+    check(policy=connections(age=60, idle=300), limit=2)
+
+
+def test_one_that_leaves_while_it_is_being_replaced_is_not():
+    @virtual
+    async def check(pool, factory, env):
+        await at_once(pool, 4)
+        await anyio.sleep(10)
+        assert len(pool.sessions) == 2
+        with anyio.fail_after(200):
+            while len(factory.times) < 3:  # noqa: ASYNC110 - the next connect has begun
+                await anyio.sleep(0.5)
+        for session in list(pool.sessions)[::-1]:
+            session.leave()
+        await anyio.sleep(10)
+        assert sum(session.status is Status.OPEN for session in factory.sessions) == len(pool.sessions)
+
+    check(policy=connections(age=60, idle=300), limit=2, takes=5.0)

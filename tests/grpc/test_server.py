@@ -199,10 +199,17 @@ async def test_what_cannot_be_is_said_at_once() -> None:
         Server([], compression="snappy")
     with pytest.raises(ConfigurationError, match="certificate file"):
         Server([], ssl="cert.pem")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"give meshlib\.grpc\.Limits"):
+        Server([], limits=meshlib.mux.Limits())  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="max_streams"):
         Limits(max_streams=0)
     with pytest.raises(ConfigurationError, match="max_headers"):
         Limits(max_headers=1 << 20)
+
+
+async def test_an_address_may_say_its_protocol() -> None:
+    async with serve([interop_handler()], "grpc://127.0.0.1:0") as server:
+        assert server.address.startswith("127.0.0.1:")
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -456,9 +463,9 @@ async def test_spans_have_the_callers_trace_and_the_status(monkeypatch: pytest.M
     assert inside[0] == ok.context.span_id
     facts = dict(ok.attributes)
     assert (facts["rpc.system.name"], facts["rpc.method"]) == ("grpc", UNARY[1:])
-    assert facts["rpc.response.status_code"] == "OK"
+    assert facts["rpc.status_code"] == "OK"
     assert facts["network.peer.address"] == "127.0.0.1"
-    assert missing.attributes["rpc.response.status_code"] == "NOT_FOUND"
+    assert missing.attributes["rpc.status_code"] == "NOT_FOUND"
     assert missing.status.status_code is StatusCode.UNSET
     assert internal.attributes["error.type"] == "INTERNAL"
     assert internal.status.status_code is StatusCode.ERROR
@@ -490,7 +497,7 @@ async def test_the_handler_runs_under_the_callers_context(trust: bool) -> None:
     (context, left), (empty, never) = seen
     assert 0 < left <= 6  # C core rounds up
     assert never is None
-    assert (context.baggage, context.client_id) == ("k=v", "me")
+    assert (context.baggage, context.client_id) == (("k=v", "me") if trust else ("", ""))
     assert f"{context.trace.trace:032x}" == "0af7651916cd43dd8448eb211c80319c"
     assert context.dtab == ((("/s/a", "/s/b"),) if trust else ())
     assert context.priority is (Priority.CRITICAL if trust else Priority.DEFAULT)

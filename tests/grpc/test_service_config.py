@@ -1,6 +1,7 @@
 """gRPC's service configs: what is read, what is refused and where, and what the layers do with real calls."""
 
 import json
+import math
 
 import anyio
 import pytest
@@ -108,6 +109,11 @@ def test_a_whole_config():
         ({"retryThrottling": {"maxTokens": 1001, "tokenRatio": 1}}, "maxTokens"),
         ({"retryThrottling": {"maxTokens": 10, "tokenRatio": 0.0001}}, "tokenRatio"),
         ({"retryThrottling": {"maxTokens": 10}}, "tokenRatio is missing"),
+        ({"retryThrottling": {"maxTokens": 10, "tokenRatio": math.inf}}, "tokenRatio: Infinity"),
+        ({"retryThrottling": {"maxTokens": 10, "tokenRatio": 10**400}}, "tokenRatio"),
+        (entry(retryPolicy={**RETRY, "backoffMultiplier": math.nan}), "backoffMultiplier"),
+        (entry([{"service": "/a.B/"}]), "expected names without slashes"),
+        (entry([{"service": "a.B", "method": "/M"}]), "expected names without slashes"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_place(config, where):
@@ -122,6 +128,11 @@ def test_a_config_is_a_text_a_file_or_what_it_was_read_into(tmp_path):
     path.write_text(json.dumps(config))
     for given in (config, json.dumps(config), path, str(path)):
         assert repr(service_config(given)) == "timeout(by method: 3 s)"
+    path.write_text(json.dumps(config), "utf-8-sig")  # as some editors do
+    for given in (path, "\ufeff" + json.dumps(config)):
+        assert repr(service_config(given)) == "timeout(by method: 3 s)"
+    with pytest.raises(meshlib.ConfigurationError, match="'timeout' is said twice"):
+        service_config(json.dumps(config).replace('"timeout": "3s"', '"timeout": "3s", "timeout": "4s"'))
     path.write_text("{")
     for wrong in ("{", str(path), path, str(tmp_path), "/nowhere", '{"a": 1', "[1]"):
         with pytest.raises(meshlib.ConfigurationError, match="service config"):
@@ -160,6 +171,8 @@ def test_backoffs():
 
     backoff = ExponentialBackoff(0.1, 0.5, 2)
     assert [backoff.delay(n, Most()) for n in range(1, 6)] == [0.1, 0.2, 0.4, 0.5, 0.5]
+    backoff = ExponentialBackoff(0.1, 0.5, 1e308)
+    assert [backoff.delay(n, Most()) for n in range(1, 6)] == [0.1, 0.5, 0.5, 0.5, 0.5]
 
 
 # --- doing ------------------------------------------------------------------------------------------------------------
@@ -283,7 +296,7 @@ async def test_sizes_by_method():
         with pytest.raises(GRPCError, match="4 bytes is larger than the 3"):
             await StreamUnaryMethod(each, "/x.Y/Z", bytes, bytes)([b"one", b"four"])
         assert all(head[":path"] for head in peers[0].heads.values()) if peers else True
-        with pytest.raises(GRPCError, match="6 bytes is larger than the 5"):
+        with pytest.raises(GRPCError, match="6 bytes, more than the 5"):
             await unary(each)(b"two")
 
 

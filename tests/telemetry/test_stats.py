@@ -8,6 +8,7 @@ from meshlib.core.classify import ResponseClass, classify
 from meshlib.core.clock import Clock
 from meshlib.core.context import Context, use
 from meshlib.core.env import Env
+from meshlib.core.service import Lasting
 from meshlib.telemetry.metrics import Registry
 from meshlib.telemetry.stats import EndpointStats, Stats
 
@@ -126,3 +127,58 @@ async def test_an_endpoints_numbers_stand_below_its_address_and_leave_with_it():
 
 def test_they_print_as_their_places():
     assert (repr(Stats()), repr(EndpointStats())) == ("stats()", "endpoint_stats()")
+
+
+class Stream:
+    """A reply whose end is told."""
+
+    def __init__(self):
+        self.watchers = []
+
+    def on_end(self, callback):
+        self.watchers.append(callback)
+
+
+def lasting_bench(**options):
+    bench = Bench(**options)
+    bench.env.params[Lasting] = lambda reply: reply if isinstance(reply, Stream) else None
+    bench.service = Stats().build(bench.env, bench.serve)
+    return bench
+
+
+async def test_a_reply_that_lasts_is_a_success_or_a_failure_at_its_end():
+    bench = lasting_bench()
+    streams = [Stream(), Stream()]
+    for stream in streams:
+        await bench.service(stream)
+    assert bench.numbers(*GOLDEN) == (2, 0, 0, 0, 0)
+    assert bench.numbers("request_latency_ms.count", "request_latency_ms.max") == (2, pytest.approx(5))
+    for stream, error in zip(streams, (None, meshlib.ConnectionLost("cut")), strict=True):
+        for callback in stream.watchers:
+            callback(error)
+    assert bench.numbers(*GOLDEN) == (2, 1, 1, 0, 0)
+    assert bench.numbers("failures/ConnectionLost", "request_latency_ms.count") == (1, 2)
+    await bench.service("x")
+    assert bench.numbers(*GOLDEN) == (3, 2, 1, 0, 0)
+
+
+async def test_a_reply_that_lasts_and_has_begun_badly_is_a_failure_at_once_and_once():
+    def bad_replies(request, reply, error):
+        return ResponseClass.FAILURE if isinstance(reply, Stream) else classify(request, reply, error)
+
+    bench = lasting_bench(classifier=bad_replies)
+    stream = Stream()
+    await bench.service(stream)
+    assert bench.numbers(*GOLDEN, "failures/reply") == (1, 0, 1, 0, 0, 1)
+    assert not stream.watchers
+
+
+async def test_an_end_that_says_nothing_of_the_service_counts_for_nothing():
+    def ignored(request, reply, error):
+        return ResponseClass.IGNORABLE if isinstance(error, ValueError) else classify(request, reply, error)
+
+    bench = lasting_bench(classifier=ignored)
+    stream = Stream()
+    await bench.service(stream)
+    stream.watchers[0](ValueError("whatever"))
+    assert bench.numbers(*GOLDEN) == (1, 0, 0, 0, 0)

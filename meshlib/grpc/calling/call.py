@@ -11,6 +11,8 @@ from typing import Any
 from grpclib.const import Cardinality
 from grpclib.encoding.base import GRPC_CONTENT_TYPE
 
+from ..status import status_of
+
 __all__ = ["Method", "Reply", "Request"]
 
 
@@ -116,6 +118,13 @@ class Request:
         self.opened: list[Any] = []
         self.max_request: int | None = None
         self.until: float | None = None
+
+    @staticmethod
+    def status_name(error: BaseException | None) -> str:
+        """The status of the call, if it ends with ``error``."""
+        if error is not None and not isinstance(error, Exception):
+            return "CANCELLED"
+        return status_of(error).name
 
     def __repr__(self) -> str:
         return f"<Request {self.dest}, {len(self.data)} bytes>"

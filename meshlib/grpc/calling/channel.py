@@ -12,6 +12,7 @@ It needs no event loop to be made: connections begin with the first call. For ty
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from ...client import Client
 from ...core.classify import PartialClassifier, Rule
 from ...core.clock import Clock
 from ...core.env import Env
-from ...core.errors import ConfigurationError
+from ...core.errors import ConfigurationError, InvalidArgument
 from ...core.service import Service
 from ...core.stack import Stack
 from ...core.supervisor import Supervisor
@@ -116,6 +117,8 @@ class Channel(Face, grpclib.client.Channel):
         clock: Clock | None = None,
         seed: int | None = None,
     ) -> None:
+        if layers and isinstance(layers[0], int):  # grpclib's form
+            raise ConfigurationError(f"Channel({target!r}, {layers[0]!r}): give one target, '{target}:{layers[0]}'")
         if compression not in (None, "gzip", "identity"):
             raise ConfigurationError(f"compression={compression!r}: give 'gzip', or nothing")
         for name, size in (("max_message", max_message), ("max_request", max_request)):
@@ -174,6 +177,9 @@ class Channel(Face, grpclib.client.Channel):
             timeout: Seconds that it may take; without it, and without a deadline, a call that does not stream has 30.
             deadline: When it must be over; the nearer of the two counts.
             metadata: To send along: a mapping, or pairs.
+
+        Raises:
+            InvalidArgument: A timeout that is not a number.
         """
         method = self._methods.get((name, request_type, reply_type))
         if method is None or method.cardinality is not cardinality:
@@ -183,6 +189,8 @@ class Channel(Face, grpclib.client.Channel):
             left: float = deadline.time_remaining()
             timeout = left if timeout is None else min(timeout, left)
         if timeout is not None:
+            if math.isnan(timeout):
+                raise raised(InvalidArgument(f"{name}: timeout={timeout!r}: give seconds"))
             until = self.clock.now() + timeout
         return Stream(self, method, metadata, until, timeout)
 

@@ -36,7 +36,10 @@ class ExponentialBackoff:
 
     def delay(self, n: int, rng: random.Random, previous: float = 0.0) -> float:
         """Before try ``n + 1``."""
-        return rng.uniform(0, min(self.first * self.multiplier ** (n - 1), self.last))
+        most = self.first
+        for _ in range(n - 1):  # not a power, which overflows where a product is infinite
+            most *= self.multiplier
+        return rng.uniform(0, min(most, self.last))
 
     def __repr__(self) -> str:
         return f"up to {self.first:g} s, times {self.multiplier:g}, at most {self.last:g} s"

@@ -83,8 +83,8 @@ class GrpcConnector:
 
     @staticmethod
     def lasting(reply: Any) -> Exchange | None:
-        """A stream that goes on after it was begun."""
-        return reply if isinstance(reply, Exchange) and not reply.over else None
+        """A stream, which goes on after it was begun, or has ended since."""
+        return reply if isinstance(reply, Exchange) else None
 
     async def connect(self, address: Address, env: Env, liveness: Liveness | None) -> GrpcSession:
         """A running session with ``address``.
@@ -134,7 +134,11 @@ class GrpcConnector:
             hint = "" if self._name else "; Configuration(ssl_target_name_override=…) expects another name"
             raise ConnectError(f"TLS failed: {what} (expected a certificate for {name}{hint})") from error
         except OSError as error:
-            raise ConnectError(describe(error)) from error
+            text = describe(error)
+            if isinstance(error, ConnectionError) and not error.errno:  # it was there, and hung up in the handshake
+                what = str(error) or type(error).__name__
+                text = f"connect failed: {what}: does the server speak TLS, or want a client certificate?"
+            raise ConnectError(text) from error
 
     def _check(self, session: GrpcSession, endpoint: str) -> None:
         tls = session.tls

@@ -10,6 +10,7 @@ A failure that comes over the wire is given as a `MeshError`, with what its trai
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,7 +29,9 @@ from .call import Reply, Request
 if TYPE_CHECKING:
     from .session import GrpcSession
 
-__all__ = ["RAISED", "RAISED_BODY", "Exchange", "fresh", "reset_error"]
+__all__ = ["RAISED", "RAISED_BODY", "Exchange", "cancelled", "fresh", "reset_error"]
+
+logger = logging.getLogger("meshlib.grpc")
 
 Headers = list[tuple[str, str]]
 
@@ -155,7 +158,10 @@ class Exchange:
         watchers, self._watchers = self._watchers, []
         error = self._told()
         for watcher in watchers:
-            watcher(error)
+            try:
+                watcher(error)
+            except Exception:  # a classifier of the user's, say; the others still have their accounts to keep
+                logger.exception("%s: the end of a stream was not taken note of", self.session.endpoint)
 
     def _told(self) -> Exception | None:
         """What those who keep accounts of endpoints are told: an error only where the server is to blame."""
@@ -199,7 +205,11 @@ class Exchange:
     def failure(self) -> MeshError | None:
         """Once it is over: the error that it is, or ``None``."""
         if self._verdict is None:
-            self._verdict = (self._judged(),)
+            try:
+                self._verdict = (self._judged(),)
+            except Exception as error:  # what a server made up is its own call's failure, and nobody else's
+                text = f"the end of the call cannot be read: {type(error).__name__}: {shown(str(error))}"
+                self._verdict = (to_mesh(Status.INTERNAL, text, endpoint=self.session.endpoint),)
         return self._verdict[0]
 
     def _judged(self) -> MeshError | None:
@@ -224,7 +234,10 @@ class Exchange:
         if said not in _STATUSES:
             message = f"the status {shown(said)}, which gRPC does not have{f': {message}' if message else ''}"
         details = self._details(status, message, fields)
-        return to_mesh(status, message, details, fields, decode_metadata(trailers), endpoint)
+        error = to_mesh(status, message, details, fields, decode_metadata(trailers), endpoint)
+        if self.trailers is not None:
+            vars(error)["initial_metadata"] = decode_metadata(self.headers or ())
+        return error
 
     def incomplete(self) -> MeshError | None:
         """Once all messages have been taken: the error of one that is not whole."""
@@ -232,7 +245,7 @@ class Exchange:
             if self.inbound is not None:
                 self.inbound.at_end()
         except GRPCError:
-            text = "the server ended the stream in the middle of a message, or sent more than one"
+            text = "the server ended the stream in the middle of a message"
             return to_mesh(Status.INTERNAL, text, endpoint=self.session.endpoint)
         return None
 
@@ -318,6 +331,12 @@ class Exchange:
             if error.status is Status.RESOURCE_EXHAUSTED:
                 raise excess(text, endpoint) from None
             raise to_mesh(error.status, text, endpoint=endpoint) from None
+
+
+def cancelled(why: str = "") -> MeshError:
+    """The error of a call that this side has given up."""
+    text = f"the call was cancelled by its caller{f': {why}' if why else ''}"
+    return answered(RemoteError(text), Status.CANCELLED, text if why else "Cancelled by the caller")
 
 
 def fresh(error: MeshError) -> MeshError:

@@ -9,7 +9,7 @@ from ...core.clock import Clock
 from ...core.context import Context
 from ...core.errors import InvalidArgument
 from ..h2 import HeaderBlocks, literal
-from ..metadata import encode_context, encode_timeout
+from ..metadata import checked_metadata, encode_context, encode_timeout
 from .call import Request
 
 __all__ = ["CONNECTION_WINDOW", "Heads", "Options", "connection_window"]
@@ -79,16 +79,11 @@ class Heads:
         if context.deadline is not None:
             more.append(("grpc-timeout", encode_timeout(max(0.0, context.deadline - self._clock.now()))))
         if request.metadata:
-            more += request.metadata
+            more = self._with_users(more, request)
         literals, size = b"", self._fixed + len(method.path) + len(method.content_type)
         for name, value in more:
             size += _FIELD + len(name) + len(value)
-            try:
-                literals += literal(name.encode("ascii"), value.encode("ascii"))
-            except UnicodeEncodeError as error:
-                raise InvalidArgument(
-                    f"the metadata {name!r} of {method.path} is not ASCII; a name that ends in -bin takes bytes"
-                ) from error
+            literals += literal(name.encode("ascii"), value.encode("ascii"))
         most = self._told.max_header_list_size
         if most is not None and size > most:
             raise InvalidArgument(
@@ -96,6 +91,17 @@ class Heads:
             )
         # Last of all: it may change the table that both sides keep, and what has changed it must be sent.
         return self._blocks.block(method, self._head(method.path, method.content_type)) + literals
+
+    def _with_users(self, ours: list[tuple[str, str]], request: Request) -> list[tuple[str, str]]:
+        """The user's own metadata beside ours, and in the place of those of ours that have the same name."""
+        try:
+            users = checked_metadata(request.metadata)
+        except ValueError as error:
+            raise InvalidArgument(f"{request.method.path}: {error}") from error
+        names = {name for name, _ in users}
+        if "traceparent" in names:
+            names.add("tracestate")  # it belongs to the other
+        return [pair for pair in ours if pair[0] not in names] + users
 
     def _head(self, path: str, content_type: str) -> list[tuple[str, str]]:
         options = self._options

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from grpclib.const import Status
 from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
@@ -22,7 +23,7 @@ from ...core.clock import Clock
 from ...core.env import Metrics
 from ...core.errors import ConnectionLost, MeshError, Rejected, shown
 from ..inbound import Inbound
-from ..status import excess
+from ..status import excess, to_mesh
 from .exchange import Exchange, reset_error
 from .heads import Options
 from .keepalive import Keepalive
@@ -124,14 +125,21 @@ class Incoming(Wire):
             self._h2.give_back(size)
         if exchange.whole is None:
             exchange.wake()
-        elif exchange.got is None:
+            return
+        if exchange.got is None:
             try:
                 exchange.got = exchange.take()
             except MeshError as error:
                 self.give_up(exchange, exchange.head_problem() or error)
                 return
-            if exchange.got is None and inbound.held >= HELD:
-                self.consumed(exchange)
+            if exchange.got is None:
+                if inbound.held >= HELD:
+                    self.consumed(exchange)
+                return
+        if inbound.begun:
+            # Waiting for more of it would be waiting until the deadline: nobody reads it.
+            text = "the server sent more than one message, and the method does not stream"
+            self.give_up(exchange, to_mesh(Status.INTERNAL, text, endpoint=self.endpoint))
 
     def _on_end(self, event: Any) -> None:
         exchange = self.exchanges.get(event.stream_id)

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from grpclib.const import Status
 
-from ...core.errors import ConfigurationError
+from ...core.errors import ConfigurationError, shown
 from ...core.stack import Layers
 
 __all__ = [
@@ -135,7 +135,13 @@ class _Place:
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= most:
             raise self.wrong(wanted)
-        return float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise self.wrong(wanted) from None
+        if math.isinf(value):
+            raise self.wrong(wanted)
+        return value
 
     def whole(self, wanted: str, least: int) -> int:
         # Numbers of 64 bits are texts in protobuf's JSON.
@@ -197,6 +203,8 @@ def _key(name: _Place) -> str:
     method_name = "" if method is None else method.text()
     if method_name and not service_name:
         raise name.wrong("a service beside the method")
+    if "/" in service_name or "/" in method_name:
+        raise name.wrong('names without slashes, such as "shop.Users"')
     return f"/{service_name}/{method_name}" if service_name else ""
 
 
@@ -266,19 +274,27 @@ def service_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> Layers
 
     if isinstance(config, Mapping):
         return layers_of(parse(config))
-    text = config if isinstance(config, str) and config.lstrip().startswith("{") else None
-    if text is None:
+    text = config.lstrip("\ufeff \t\r\n") if isinstance(config, str) else ""
+    if not text.startswith("{"):
         try:
-            text = Path(config).read_text("utf-8")
+            text = Path(config).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"service config {os.fspath(config)!r}: {error}") from error
     try:
-        read = json.loads(text)
+        read = json.loads(text, object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigurationError(f"service config: no JSON: {error}") from error
     if not isinstance(read, dict):
         raise ConfigurationError(f"service config: {json.dumps(read)[:100]}, expected an object")
     return layers_of(parse(read))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1)
+        raise ConfigurationError(f"service config: {shown(twice)!r} is said twice in one object")
+    return fields
 
 
 def beside(layers: Iterable[Any]) -> list[Any]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import anyio
-from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
-from grpclib.metadata import Deadline, encode_metadata
+from grpclib.metadata import Deadline
 from multidict import MultiDict
 
 from ...core.context import VAR
 from ...core.deadlines import passed
-from ...core.errors import DeadlineExceeded, MeshError, RemoteError
+from ...core.errors import DeadlineExceeded, InvalidArgument, MeshError
 from ...core.supervisor import Job
 from ..inbound import PREFIX, framed
-from ..status import answered, excess, raised
+from ..metadata import sent_metadata
+from ..status import excess, raised
 from .call import Method, Reply, Request
-from .exchange import Exchange, fresh
+from .exchange import Exchange, cancelled, fresh
 
 if TYPE_CHECKING:
     from .channel import Channel
@@ -66,6 +67,8 @@ class Outgoing:
         self._opening: Job | None = None
         self._opened: anyio.Event | None = None
         self._left = False
+        self._sending = False
+        self._turns: deque[asyncio.Future[None]] | None = None
         self.initial_metadata: Any = None
         self.trailing_metadata: Any = None
         self.peer: Any = None
@@ -80,11 +83,18 @@ class Outgoing:
             raise ProtocolError("Request is already sent")
         if end and not self._streams_up:
             raise ProtocolError("Unary request requires a message to be sent before ending outgoing stream")
-        await self._announce()
-        if self._streams_up:
-            await self._start(b"", end)
-        self._sent_request = True
-        self._ended = end
+        if self._sending:
+            await self._wait_turn()
+        self._sending = True
+        try:
+            if self._sent_request:
+                raise ProtocolError("Request is already sent")
+            await self._announce()
+            if self._streams_up:
+                await self._start(b"", end)
+            self._sent_request, self._ended = True, end
+        finally:
+            self._pass_turn()
 
     async def _announce(self) -> None:
         dispatch, metadata = self._channel.__dispatch__, self._metadata
@@ -96,10 +106,13 @@ class Outgoing:
                 deadline=None if left is None else Deadline.from_timeout(left),
                 content_type=self._method.content_type,
             )
-        self._pairs = encode_metadata(metadata) if metadata else None  # type: ignore[assignment]  # it gives a list
+        try:
+            self._pairs = sent_metadata(metadata) if metadata else None
+        except (TypeError, ValueError) as error:
+            raise self._raised(InvalidArgument(f"{self._method.path}: {error}")) from error
 
     async def send_message(self, message: Any, *, end: bool = False) -> None:
-        """Send one message; the request is sent with the first.
+        """Send one message; the request is sent with the first. Several tasks may: their messages go one after another.
 
         Args:
             message: Of the method's type.
@@ -109,6 +122,15 @@ class Outgoing:
             GRPCError: The stream failed.
             StreamTerminatedError: The server has ended it.
         """
+        if self._sending:
+            await self._wait_turn()
+        self._sending = True
+        try:
+            await self._send_message(message, end)
+        finally:
+            self._pass_turn()
+
+    async def _send_message(self, message: Any, end: bool) -> None:
         if self._ended:
             raise ProtocolError("Stream is ended")
         if not self._streams_up and self._sent_message:
@@ -134,37 +156,68 @@ class Outgoing:
 
     async def end(self) -> None:
         """Say that no message follows."""
-        if not self._sent_request:
-            raise ProtocolError("Request was not sent")
-        if self._ended:
-            raise ProtocolError("Stream was already ended")
-        if not self._streams_up and not self._sent_message:
-            raise ProtocolError("Unary request requires a single message to be sent")
-        if self._streams_up:
-            await self._send(b"", True)
-        self._ended = True
+        if self._sending:
+            await self._wait_turn()
+        self._sending = True
+        try:
+            if not self._sent_request:
+                raise ProtocolError("Request was not sent")
+            if self._ended:
+                raise ProtocolError("Stream was already ended")
+            if not self._streams_up and not self._sent_message:
+                raise ProtocolError("Unary request requires a single message to be sent")
+            if self._streams_up:
+                await self._send(b"", True)
+            self._ended = True
+        finally:
+            self._pass_turn()
+
+    async def _wait_turn(self) -> None:
+        """Wait until whoever sends now, and whoever waits already, is done. Nearly always there is nobody."""
+        if self._turns is None:
+            self._turns = deque()
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():  # it came in that very moment
+                self._pass_turn()
+            raise
+
+    def _pass_turn(self) -> None:
+        """The next one sends, if there is one; until it does, nobody else."""
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._sending = False
 
     async def _send(self, data: bytes, end: bool) -> None:
-        exchange = await self._stream()
-        most = exchange.request.max_request
-        if most is not None and len(data) - PREFIX > most:
-            text = f"a message of {len(data) - PREFIX} bytes is larger than the {most} that the service config allows"
-            raise self._raised(excess(text, sent=False))
-        self._keep(data, end)
-        await exchange.session.send(exchange, data, end=end)
-        if exchange.over and not (end and exchange.ended):
-            error = exchange.failure()
-            if error is not None:
-                if exchange is self._exchange and not self._again(error):
-                    self._fail(error)
-                await self._stream()  # which begins with all that has been kept, this message as well
+        while True:
+            exchange = await self._stream()
+            most = exchange.request.max_request
+            if most is not None and len(data) - PREFIX > most:
+                size = len(data) - PREFIX
+                text = f"a message of {size} bytes is larger than the {most} that the service config allows"
+                raise self._raised(excess(text, sent=False))
+            await exchange.session.send(exchange, data, end=end)
+            if not exchange.over or (end and exchange.ended):
+                self._keep(data, end)
                 return
-            if self._method.cardinality.server_streaming:
-                raise StreamTerminatedError("the server has ended the stream")
-            await asyncio.sleep(0)  # it has answered already: what else there is to send is not needed
+            error = exchange.failure()
+            if error is None:
+                break
+            if exchange is self._exchange and not self._again(error):
+                self._fail(error)
+            # It is opened again with all that has been kept. This message has not been: it is sent anew.
+        if self._method.cardinality.server_streaming:
+            raise StreamTerminatedError("the server has ended the stream")
+        await asyncio.sleep(0)  # it has answered already: what else there is to send is not needed
 
     def _keep(self, data: bytes, end: bool) -> None:
-        """For another server, as long as this one has not begun to answer."""
+        """What has been sent is kept for another server, as long as this one has not begun to answer."""
         self._ending = self._ending or end
         replay, exchange = self._replay, self._exchange
         if replay is not None:
@@ -181,7 +234,7 @@ class Outgoing:
         replay, exchange = self._replay, self._exchange
         if replay is None or not error.requeueable or self._reopened >= REOPENED or self._cancelled:
             return False
-        if not self._streams_up or exchange is None or exchange.headers is not None:
+        if not self._streams_up or exchange is None or exchange.headers is not None or exchange.abandoned:
             return False
         self._reopened += 1
         self._exchange = None
@@ -209,13 +262,13 @@ class Outgoing:
     async def _start(self, data: bytes, end: bool, message: Any = None) -> None:
         """Open the stream."""
         request = self._request(message, data, end)
-        self._keep(data, end)
         reply = await self._through(request)
         assert isinstance(reply, Exchange)  # noqa: S101
         if self._left or self._cancelled:  # by another task, or in that very moment
             self._give_up(reply)
-            raise self._raised(self._cancellation())
+            raise self._raised(cancelled())
         self._exchange = reply
+        self._keep(data, end)
         self.peer = reply.session.peer
 
     def _request(self, message: Any, data: bytes, end: bool) -> Request:
@@ -246,7 +299,7 @@ class Outgoing:
         except GRPCError as error:
             self._failure = error
         except BaseException as error:
-            self._failure = error if isinstance(error, Exception) else self._raised(self._cancellation())
+            self._failure = error if isinstance(error, Exception) else self._raised(cancelled())
             if not isinstance(error, Exception):
                 raise
         else:
@@ -278,7 +331,7 @@ class Outgoing:
             # Ours, if `cancel` has called for it; and if somebody else has as well, it is theirs.
             mine = self._cancelled and self._opening is None
             if mine and task is not None and task.uncancel() <= before:
-                raise self._raised(self._cancellation()) from None
+                raise self._raised(cancelled()) from None
             raise
         finally:
             self._task = None
@@ -288,58 +341,9 @@ class Outgoing:
                 if exchange is not chosen:
                     exchange.session.give_up(exchange)
 
-    async def _answer(self) -> None:
-        """See that the call of a single message has been made."""
-        if self._reply is not None or self._exchange is not None:
-            return
-        if not self._sent_message and self._opened is None:
-            raise ProtocolError("Request was not sent yet")
-        await self._wait_opened()
-        if self._exchange is not None:
-            return
-        if self._failure is None and self._cancelled:
-            self._failure = self._raised(self._cancellation())
-        if self._failure is None:
-            try:
-                self._reply = await self._through(self._request(self._message, self._data, True))
-            except Exception as error:
-                self._failure = error
-            except BaseException:
-                # It is over: to wait again must not be to send again.
-                self._failure = self._raised(self._cancellation())
-                raise
-        if self._failure is not None:
-            self._got_initial = True
-            if isinstance(self._failure, GRPCError):
-                await self._tell_failure(self._failure)
-            raise self._failure
-        assert self._reply is not None  # noqa: S101
-        self.peer = self._reply.peer
-
-    async def _tell_failure(self, error: GRPCError) -> None:
-        """What the server said with a failure is there to be read, and those who listen hear of it."""
-        trailing = getattr(error, "trailing_metadata", None)
-        if trailing is None or self._got_trailing:
-            return
-        self._got_trailing = True
-        self.trailing_metadata = await self._told(trailing, error.status, error.message, error.details)
-
-    async def _told(self, metadata: Any, status: Status, message: str | None, details: Any) -> Any:
-        if self._channel.listened("recv_trailing_metadata"):
-            (metadata,) = await self._channel.__dispatch__.recv_trailing_metadata(
-                metadata, status=status, status_message=message, status_details=details
-            )
-        return metadata
-
-    def _cancellation(self) -> MeshError:
-        return answered(
-            RemoteError("the call was cancelled by its caller"), Status.CANCELLED, "Cancelled by the caller"
-        )
-
     def _raised(self, error: MeshError, *, own: bool = False) -> GRPCError:
-        ran_out = isinstance(error, DeadlineExceeded) and (
-            error.kept_here is not None or passed(self._until, self._channel.clock)
-        )
+        # A nearer deadline, of a layer or of the caller's, says itself what it was.
+        ran_out = isinstance(error, DeadlineExceeded) and passed(self._until, self._channel.clock)
         if own and ran_out and isinstance(error, DeadlineExceeded) and self._timeout is not None:
             waiting = f": {error.kept_here}" if error.kept_here else ""
             error.args = (f"no reply within the timeout of {self._timeout:g} s{waiting}",)
@@ -372,5 +376,5 @@ class Outgoing:
 
     def _give_up(self, exchange: Exchange) -> None:
         if not exchange.over:
-            exchange.error = self._cancellation()
+            exchange.error = cancelled()
             exchange.session.give_up(exchange)

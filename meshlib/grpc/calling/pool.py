@@ -77,7 +77,7 @@ class SessionPool(SingletonPool):
         self._policy = policy
         self._more: list[Any] = []
         self._growing: Job | None = None
-        self._ageing: Job | None = None
+        self._ageing: dict[Any, Job] = {}
         self._keeping: Job | None = None
         self._not_before = float("-inf")
         self._waiting: deque[anyio.Event] = deque()
@@ -167,8 +167,7 @@ class SessionPool(SingletonPool):
         try:
             session = await self._made()
             if session is not None:
-                self._more.append(session)
-                session.on_leave = functools.partial(self._one_left, session)
+                self._join(session)
                 if self._keeping is None:
                     self._keeping = self._env.supervisor.start(
                         self._keep_few, name=f"idle connections to {self._env.address}"
@@ -191,15 +190,22 @@ class SessionPool(SingletonPool):
         self._connects.value += 1
         return session
 
+    def _join(self, session: Any) -> None:
+        self._more.append(session)
+        session.on_leave = functools.partial(self._one_left, session)
+        self._grow_old(session)
+
     def _one_left(self, session: Any) -> None:
         if session in self._more:
             self._more.remove(session)
+            self._forget_age(session)
         self._wake_all()
 
     def _spare(self) -> Any:
         return self._more.pop(0) if self._more else None
 
     def _left(self, session: Any) -> None:
+        self._forget_age(session)
         super()._left(session)
         self._wake_all()
 
@@ -213,6 +219,7 @@ class SessionPool(SingletonPool):
                     idle[session] = 0 if session.load else idle.get(session, 0) + 1
                     if idle[session] >= 2:
                         self._more.remove(session)
+                        self._forget_age(session)
                         session.retire()
                 idle = {session: times for session, times in idle.items() if session in self._more}
         finally:
@@ -224,40 +231,50 @@ class SessionPool(SingletonPool):
         super()._install(session)
         if self._waiting:
             self._listen(True)
-        if self._ageing is not None:
-            self._ageing.cancel()
-            self._ageing = None
+        self._grow_old(session)
+
+    def _grow_old(self, session: Any) -> None:
         age = self._policy.age
-        if age is not None and not self._env.supervisor.closed:
+        if age is not None and session not in self._ageing and not self._env.supervisor.closed:
             seconds = age * self._env.rng.uniform(1 - JITTER, 1 + JITTER)
-            self._ageing = self._env.supervisor.start(
-                self._age, session, seconds, name=f"age of the connection to {self._env.address}"
+            self._ageing[session] = self._env.supervisor.start(
+                self._age, session, seconds, name=f"age of a connection to {self._env.address}"
             )
+
+    def _forget_age(self, session: Any) -> None:
+        job = self._ageing.pop(session, None)
+        if job is not None:
+            job.cancel()
 
     async def _age(self, session: Any, seconds: float) -> None:
         """Replace the connection when it is old; one that cannot be replaced stays until it can."""
         while True:
             await anyio.sleep(seconds)
-            if self._session is not session:
-                return
             newer = await self._made()
             if newer is not None:
                 break
             seconds = RETRY
-        if self._session is not session:  # in that very moment
+        if self._ageing.pop(session, None) is None:  # it has left in that very moment
             newer.retire()
             return
         self._replaced.value += 1
-        self._ageing = None  # it is this one
-        self._install(newer)
+        if session is self._session:
+            self._install(newer)
+        else:
+            self._more.remove(session)
+            self._join(newer)
+            if self._waiting:
+                self._listen(True)
+            self._wake_all()
         session.retire()
 
     def close(self) -> None:
         """End the connections once they are idle, and connect no more."""
         super().close()
-        for job in (self._growing, self._ageing, self._keeping):
+        for job in (self._growing, self._keeping, *self._ageing.values()):
             if job is not None:
                 job.cancel()
+        self._ageing.clear()
         more, self._more = self._more, []
         for session in more:
             session.retire()

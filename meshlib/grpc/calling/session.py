@@ -29,7 +29,7 @@ from ...core.env import Metrics
 from ...core.errors import ConnectError, ConnectionLost, MeshError, Rejected
 from ...core.service import Status
 from .call import Reply, Request
-from .exchange import Exchange, fresh
+from .exchange import Exchange, cancelled, fresh
 from .heads import Options
 from .incoming import Incoming
 from .keepalive import Keepalive
@@ -176,27 +176,38 @@ class GrpcSession(Incoming):
         await self.send(exchange, rest, end=exchange.request.end)
 
     async def send(self, exchange: Exchange, data: bytes, *, end: bool = False) -> None:
-        """Send more on a stream, as it has room. Stops silently when the exchange is over."""
+        """Send more on a stream, as it has room. Stops silently when the exchange is over.
+
+        Whoever calls it sees to it that nobody else does meanwhile. A message that is given up half-way takes the
+        stream with it: the next one would be read as its rest.
+        """
         view, at = memoryview(data), 0
         h2 = self._h2
-        while not exchange.over:
-            if self._paused:
-                await exchange.progress()
-                continue
-            left = len(view) - at
-            room = h2.room(exchange.stream_id)
-            # Nothing at all needs no room, but a window that SETTINGS have made negative refuses even that, in h2 too.
-            if room < 0 or (left and not room):
-                await exchange.progress()
-                continue
-            size = min(left, room)
-            last = at + size >= len(view)
-            h2.put(exchange.stream_id, bytes(view[at : at + size]), end=end and last)
-            self._flush()
-            at += size
-            if last:
-                exchange.ended = exchange.ended or end
-                return
+        try:
+            while not exchange.over:
+                if self._paused:
+                    await exchange.progress()
+                    continue
+                left = len(view) - at
+                room = h2.room(exchange.stream_id)
+                # Nothing at all needs no room, but a window that SETTINGS have made negative refuses even that, in h2
+                # too.
+                if room < 0 or (left and not room):
+                    await exchange.progress()
+                    continue
+                size = min(left, room)
+                last = at + size >= len(view)
+                h2.put(exchange.stream_id, bytes(view[at : at + size]), end=end and last)
+                self._flush()
+                at += size
+                if last:
+                    exchange.ended = exchange.ended or end
+                    return
+        except BaseException:
+            if at:
+                exchange.error = exchange.error or cancelled("one of its messages was cut short")
+                self.give_up(exchange)
+            raise
 
     def give_up(self, exchange: Exchange, error: MeshError | None = None) -> None:
         """End an exchange from this side: the server is told, and whoever waits."""
@@ -254,6 +265,8 @@ class GrpcSession(Incoming):
         await self._settled.wait()
         if self._error is not None:
             hint = "is it a gRPC server, and does it speak TLS or not as this client does?"
+            if self._options.scheme == "https":
+                hint = "is it a gRPC server, does it speak TLS, or does it want a client certificate?"
             raise ConnectError(f"{self._error.message}, before it said anything: {hint}", endpoint=self.endpoint)
 
     async def run(self) -> None:

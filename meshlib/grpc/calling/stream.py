@@ -16,14 +16,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from grpclib.const import Status
-from grpclib.exceptions import ProtocolError
+from grpclib.exceptions import GRPCError, ProtocolError
 from grpclib.stream import StreamIterator
 from multidict import MultiDict
 
 from ...core.errors import DeadlineExceeded, MeshError
 from ..metadata import decode_metadata
 from ..status import status_of
-from .exchange import Exchange
+from .exchange import Exchange, cancelled
 from .outgoing import Outgoing
 
 __all__ = ["Stream"]
@@ -75,6 +75,51 @@ class Stream(Outgoing, StreamIterator[Any]):
             await self._finish(exchange)
         else:
             await self._set_initial(decode_metadata(exchange.headers))
+
+    async def _answer(self) -> None:
+        """See that the call of a single message has been made."""
+        if self._reply is not None or self._exchange is not None:
+            return
+        if not self._sent_message and self._opened is None:
+            raise ProtocolError("Request was not sent yet")
+        await self._wait_opened()
+        if self._exchange is not None:
+            return
+        if self._failure is None and self._cancelled:
+            self._failure = self._raised(cancelled())
+        if self._failure is None:
+            try:
+                self._reply = await self._through(self._request(self._message, self._data, True))
+            except Exception as error:
+                self._failure = error
+            except BaseException:
+                # It is over: to wait again must not be to send again.
+                self._failure = self._raised(cancelled())
+                raise
+        if self._failure is not None:
+            self._got_initial = True
+            if isinstance(self._failure, GRPCError):
+                await self._tell_failure(self._failure)
+            raise self._failure
+        assert self._reply is not None  # noqa: S101
+        self.peer = self._reply.peer
+
+    async def _tell_failure(self, error: GRPCError) -> None:
+        """What the server said with a failure is there to be read, and those who listen hear of it."""
+        trailing = getattr(error, "trailing_metadata", None)
+        if trailing is None or self._got_trailing:
+            return
+        if self.initial_metadata is None:
+            await self._set_initial(getattr(error, "initial_metadata", None) or MultiDict())
+        self._got_trailing = True
+        self.trailing_metadata = await self._told(trailing, error.status, error.message, error.details)
+
+    async def _told(self, metadata: Any, status: Status, message: str | None, details: Any) -> Any:
+        if self._channel.listened("recv_trailing_metadata"):
+            (metadata,) = await self._channel.__dispatch__.recv_trailing_metadata(
+                metadata, status=status, status_message=message, status_details=details
+            )
+        return metadata
 
     async def _until_headers(self) -> Exchange:
         while True:

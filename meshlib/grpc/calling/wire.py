@@ -7,6 +7,7 @@ are none of HTTP/2's ends this connection, and it alone.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -22,6 +23,8 @@ from .heads import Heads, Options
 from .keepalive import Keepalive
 
 __all__ = ["Wire"]
+
+logger = logging.getLogger("meshlib.grpc")
 
 MOST_OWED: Final = 1 << 20
 """Bytes that answer a server which does not read them, beyond which nothing more is read from it. Calls are not
@@ -148,7 +151,9 @@ class Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         if self._error is None:
-            text = f"the connection broke: {exc}" if exc is not None else "the server closed the connection"
+            text = "the server closed the connection"
+            if exc is not None:
+                text = f"the connection broke: {shown(str(exc)) or type(exc).__name__}"
             error = ConnectionLost(text)
             error.__cause__ = exc
             self._end(error)
@@ -198,7 +203,10 @@ class Wire(asyncio.Protocol):
 
     def _catch_up(self) -> None:
         while self._later:
-            self._later.popleft()()
+            try:
+                self._later.popleft()()
+            except Exception:  # one's failure is not to end the connection, which is others' as well
+                logger.exception("a gRPC connection with %s: what was to be told was not", self._authority)
 
     def _end(self, error: MeshError) -> None:
         """The connection ends because of ``error``."""

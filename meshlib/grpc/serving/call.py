@@ -148,8 +148,8 @@ class ServerCall(Job):
 
     @property
     def gone(self) -> bool:
-        """Is its client?"""
-        return self.reason is Cut.GONE
+        """Is its client, or has it been told already how the call ended?"""
+        return self.reason is Cut.GONE or self.reason is Cut.CLOSING
 
     @property
     def declared(self) -> bool:
@@ -235,6 +235,10 @@ class ServerCall(Job):
         elif error is None:
             await stream.finish(self.status or Status.OK)
         elif isinstance(error, GRPCError):
+            if error.status is Status.OK and stream.unanswered:
+                logger.error("%s: %s raised OK without an answer", self.handling.env.label, self.dest, exc_info=error)
+                await stream.finish(Status.UNKNOWN, "internal error: the handler raised OK without an answer")
+                return
             await stream.finish(error.status, error.message, error.details)
         elif isinstance(error, MeshError):
             status, message, fields = answer_to(error)

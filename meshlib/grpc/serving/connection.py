@@ -178,11 +178,12 @@ class ServerConnection(Sending):
             if self._acknowledged or not self._watch.young:  # else it does not know how many it may open
                 self._idle_frame(event)
             return
-        call = self.serving.begin(self, stream_id, event)
-        if call is None:
+        if not self.serving.begin(self, stream_id, event):
             self.h2.forget(stream_id)
-            return
-        self.calls[stream_id] = call
+
+    def accept(self, call: ServerCall) -> None:
+        """A call is about to begin. Its task may run at once, to its end even (`asyncio.eager_task_factory`)."""
+        self.calls[call.stream.id] = call
         if not call.method.ours:
             self._busy += 1
 

@@ -21,7 +21,7 @@ from h2.events import RequestReceived
 
 from ...core.context import VAR
 from ...core.env import Env, NoMetrics
-from ...core.errors import ServiceClosed, shown
+from ...core.errors import shown
 from ...core.stack import Stack
 from ..metadata import ContextReader
 from .call import Handling, ServerCall, invoke
@@ -139,8 +139,8 @@ class Serving:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def begin(self, connection: ServerConnection, stream_id: int, event: RequestReceived) -> ServerCall | None:
-        """Make a call of a request, or answer it at once."""
+    def begin(self, connection: ServerConnection, stream_id: int, event: RequestReceived) -> bool:
+        """Make a call of a request, or answer it at once. Has a call been made?"""
         fields: Any = event.headers
         try:
             head = read_head(fields, self.limits.max_headers)
@@ -148,39 +148,37 @@ class Serving:
             self._malformed.value += 1
             logger.info("%s: a malformed request: %s", self.env.label, error)
             connection.h2.refuse(stream_id, ErrorCodes.PROTOCOL_ERROR)
-            return None
+            return False
         except Refused as error:
             self._malformed.value += 1
             self._refuse(connection, stream_id, error.http, error.status, error.text)
-            return None
+            return False
         method = self._methods.get(head.raw_path)
         if method is None:
             self._unknown.value += 1
             text = unknown(head.raw_path.decode("utf-8", "replace"), self.services)
             self._refuse(connection, stream_id, 200, Status.UNIMPLEMENTED, text)
-            return None
+            return False
         if head.subtype != method.codec.__content_subtype__:
             self._malformed.value += 1
             text = f"Unacceptable content-type header: {shown(head.content_type, 60)}"
             self._refuse(connection, stream_id, 415, Status.UNKNOWN, text)
-            return None
-        try:
-            return self._call(connection, stream_id, head, method, fields)
-        except ServiceClosed:  # in this very turn
+            return False
+        if self.env.supervisor.closed:  # in this very turn
             connection.h2.refuse(stream_id, ErrorCodes.REFUSED_STREAM)
-            return None
+            return False
+        self._call(connection, stream_id, head, method, fields)
+        return True
 
-    def _call(
-        self, connection: ServerConnection, stream_id: int, head: Head, method: Method, fields: Any
-    ) -> ServerCall:
+    def _call(self, connection: ServerConnection, stream_id: int, head: Head, method: Method, fields: Any) -> None:
         context = self._reader.read(fields)
         stream = ServerStream(connection, stream_id, head, method, self.handling, context.deadline)
         call = ServerCall(self.handling, method, stream)
         call.ended = partial(connection.release, call)
         variables = self.base.copy()
         variables.run(VAR.set, context)
+        connection.accept(call)
         self.env.supervisor.launch(call, call.run, (), variables)
-        return call
 
     def _refuse(
         self,

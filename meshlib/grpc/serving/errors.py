@@ -3,7 +3,7 @@
 =====================================================  ===============================================================
 raised                                                 the caller gets
 =====================================================  ===============================================================
-``GRPCError`` of the handler's own                     it, with its message and details
+``GRPCError`` of the handler's own                     it, with its message and details; alone in a group likewise
 … that came from a call through a meshlib channel      it, if it is an answer, as NOT_FOUND; a failure, as UNAVAILABLE,
                                                        is true of that call and not of this: an opaque UNKNOWN
 `Rejected`                                             UNAVAILABLE, pushback and ``meshlib-nack``: clients go elsewhere
@@ -27,6 +27,7 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 from ...core.classify import ResponseClass, classify
 from ...core.env import Env
 from ...core.errors import MeshError, Rejected
+from ...core.pushback import NEVER, pushback
 from ...core.service import Service
 from ...filters.mapping import ErrorMapping, is_meant
 from ..status import FAILURES, NACK, PUSHBACK, status_of, to_status
@@ -51,6 +52,11 @@ class GrpcErrors(ErrorMapping):
         """
         try:
             return await service(request)
+        except ExceptionGroup as group:
+            alone = _alone(group)
+            if not _is_meant(alone):
+                raise self._opaque(request, group) from group
+            raise alone from group
         except Exception as error:
             # A handler that goes on after its cancellation learns from its stream that the client is gone.
             if _is_meant(error) or (isinstance(error, StreamTerminatedError) and getattr(request, "gone", False)):
@@ -60,6 +66,13 @@ class GrpcErrors(ErrorMapping):
     def build(self, env: Env, service: Any) -> Any:
         """With the server's label in the log."""
         return type(self)(env).bind(service)
+
+
+def _alone(error: Exception) -> Exception:
+    """What a task group has made a group of, if that is one thing."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _is_meant(error: Exception) -> bool:
@@ -76,14 +89,12 @@ def answer_to(error: MeshError) -> tuple[Status, str, list[tuple[str, str]]]:
     status, message = to_status(error)
     fields: list[tuple[str, str]] = []
     if isinstance(error, Rejected) and error.processed is False:
+        asked = pushback(error)
+        if asked is None:
+            asked = PAUSE if error.over_rate else 0.0
         fields.append((NACK, "true" if error.retryable else "final"))
-        if error.over_rate:
-            wait = PAUSE if error.retry_after is None else error.retry_after
-            fields.append((PUSHBACK, str(math.ceil(wait * 1e3)) if error.retryable else "-1"))
-        elif not error.retryable:
-            fields.append((PUSHBACK, "-1"))
-        else:
-            fields.append((PUSHBACK, str(math.ceil((error.retry_after or 0.0) * 1e3))))
+        again = error.retryable and asked != NEVER
+        fields.append((PUSHBACK, str(math.ceil(asked * 1e3)) if again else "-1"))
     elif "retryable" in vars(error) and not error.retryable:
         fields.append((PUSHBACK, "-1"))  # a budget ran dry below: nobody above should try again either
     return status, message, fields

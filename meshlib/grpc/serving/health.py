@@ -15,7 +15,7 @@ Source: grpc/doc/health-checking.md. Kubernetes' probes, Envoy and gRPC's own cl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from grpclib.const import Cardinality, Handler, Status
@@ -24,13 +24,22 @@ from grpclib.exceptions import GRPCError
 from .methods import HEALTH
 from .own_protos import SERVING_STATUS, message
 
-__all__ = ["Health"]
+__all__ = ["Health", "is_bare"]
 
 _UNKNOWN, _SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = range(len(SERVING_STATUS))
 _Asked: Final = message("grpc.health.v1.HealthCheckRequest")
 _Answer: Final = message("grpc.health.v1.HealthCheckResponse")
 _ListAsked: Final = message("grpc.health.v1.HealthListRequest")
 _ListAnswer: Final = message("grpc.health.v1.HealthListResponse")
+
+
+def is_bare(mapping: Mapping[str, Handler]) -> bool:
+    """Is the health among these methods grpclib's, without a check? It always says SERVING; ours knows more."""
+    handler = mapping.get(f"/{HEALTH}/Check")
+    owner = getattr(getattr(handler, "func", None), "__self__", None)
+    if type(owner).__module__ != "grpclib.health.service":
+        return False
+    return not any(getattr(owner, "_checks", {}).values())
 
 
 class Health:

@@ -105,20 +105,22 @@ class Sending(asyncio.Protocol):
         self._check(stream)
         self.h2.answer(stream.id, fixed, more, end=end)
         if end:
+            if stream.senders:
+                self._wake(stream)
             # The answer is complete, and nobody will read the rest of the request, if there is any (RFC 9113 8.1).
             self.h2.refuse(stream.id, ErrorCodes.NO_ERROR)
             self._ending.add(stream.id)
         self.flush_soon()
 
     def send_at_once(self, stream: ServerStream, data: bytes) -> bool:
-        """Send ``data`` if nothing stands in its way; ``False`` if something does.
+        """Send ``data`` if nothing and nobody stands in its way; ``False`` otherwise.
 
         Raises:
             StreamTerminatedError: The client is gone.
         """
         self._check(stream)
         h2 = self.h2
-        if self._paused or len(data) > h2.room(stream.id) or h2.unsent >= FLUSH_AT:
+        if stream.senders or self._paused or len(data) > h2.room(stream.id) or h2.unsent >= FLUSH_AT:
             return False
         h2.put(stream.id, data)
         h2.spoken = True
@@ -126,30 +128,41 @@ class Sending(asyncio.Protocol):
         return True
 
     async def send_data(self, stream: ServerStream, data: bytes) -> None:
-        """Send ``data`` as the client takes it.
+        """Send ``data`` as the client takes it, after what others are sending on the stream.
+
+        A message that is given up half-way takes the stream with it: the next one would be read as its rest.
 
         Raises:
             StreamTerminatedError: The client is gone.
         """
-        h2 = self.h2
-        rest = memoryview(data)
-        while rest:
-            self._check(stream)
-            if self._paused:
-                await self._unblocked(stream)
-                continue
-            if h2.unsent >= FLUSH_AT:
-                self.flush()
-                await asyncio.sleep(0)  # others have their turn
-                continue
-            room = h2.room(stream.id)
-            if room <= 0:
-                self.flush_soon()
-                await self._unblocked(stream)
-                continue
-            h2.put(stream.id, bytes(rest[:room]))
-            h2.spoken = True
-            rest = rest[room:]
+        h2, at = self.h2, 0
+        stream.senders += 1
+        try:
+            async with stream.turn:
+                while at < len(data):
+                    self._check(stream)
+                    if self._paused:
+                        await self._unblocked(stream)
+                        continue
+                    if h2.unsent >= FLUSH_AT:
+                        self.flush()
+                        await asyncio.sleep(0)  # others have their turn
+                        continue
+                    room = h2.room(stream.id)
+                    if room <= 0:
+                        self.flush_soon()
+                        await self._unblocked(stream)
+                        continue
+                    h2.put(stream.id, data[at : at + room])
+                    h2.spoken = True
+                    at += room
+        except BaseException:
+            if at:
+                stream.lost("the sending of a message was cut short")
+                self.reset(stream, ErrorCodes.INTERNAL_ERROR)
+            raise
+        finally:
+            stream.senders -= 1
         self.flush_soon()
 
     async def _unblocked(self, stream: ServerStream) -> None:
@@ -169,6 +182,8 @@ class Sending(asyncio.Protocol):
         """Tell the client that nothing more will come of a call."""
         stream.lost("the stream was reset by its handler")
         self.h2.refuse(stream.id, code)
+        if stream.senders:
+            self._wake(stream)
         self.flush_soon()
 
     def consumed(self, stream: ServerStream, size: int) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import socket
 import ssl as tls
 from collections.abc import Callable, Collection
@@ -38,12 +39,14 @@ from .call import GrpcDeadline, Handling
 from .connection import LINGER, ServerConnection
 from .core import Serving
 from .errors import GrpcErrors, judge_call
-from .health import Health
+from .health import Health, is_bare
 from .limits import CONNECTION_WINDOW, Limits, stream_window
 from .methods import HEALTH, REFLECTION, MethodStats, mapping_of, services_of
 from .reflection import Reflection
 
 __all__ = ["Server", "default_layers", "serve"]
+
+logger = logging.getLogger("meshlib.grpc")
 
 BACKLOG: Final = 100
 LOOK_EVERY: Final = 1.0
@@ -86,7 +89,8 @@ class Server(BaseServer):
         limits: What a client may ask of us.
         compression: ``"gzip"`` compresses the messages of replies, for clients that can read that.
         reflection: Answer grpc.reflection. By default only where callers are trusted.
-        trust_context: ``False`` drops inbound Dtabs and priorities: for servers that face strangers.
+        trust_context: ``False`` for servers that face strangers: of what travels with a request, only the deadline and
+            the trace are kept.
         label: What the server is called in metrics, spans and logs.
         stack: Changes the stack in ways that a layer alone cannot say: ``lambda s: s.remove("limit")``.
         clock: What time it is; for tests.
@@ -123,6 +127,8 @@ class Server(BaseServer):
     ) -> None:
         if compression not in (None, "gzip", "identity"):
             raise ConfigurationError(f"grpc.Server(compression={compression!r}): give 'gzip', or None")
+        if not (limits is None or isinstance(limits, Limits)):
+            raise ConfigurationError(f"grpc.Server(limits={limits!r}): give meshlib.grpc.Limits(…)")
         if codec is None:
             codec = ProtoCodec()
             if status_details_codec is None and _googleapis_available():
@@ -136,8 +142,10 @@ class Server(BaseServer):
         mapping = mapping_of(handlers)
         names = services_of(mapping)
         self.health = Health(names)
-        if HEALTH not in names:
+        if HEALTH not in names or is_bare(mapping):
             mapping |= self.health.__mapping__()
+        else:
+            logger.warning("%s: its health is a handler's own, which does not hear when the server drains", env.label)
         if (trust_context if reflection is None else reflection) and not set(REFLECTION) & set(names):
             mapping |= Reflection({*names, HEALTH}).__mapping__()
         limits = limits or Limits()
@@ -352,11 +360,11 @@ def serve(handlers: Collection[Any], address: str = "127.0.0.1:0", *layers: Any,
 
     Args:
         handlers: See `Server`.
-        address: ``host:port`` (port 0 takes a free one) or ``unix:///path``.
+        address: ``host:port`` (port 0 takes a free one) or ``unix:///path``; ``grpc://`` may stand before it.
         layers: See `Server`.
         options: See `Server`.
 
     Raises:
         ConfigurationError: A handler, the address, a layer or an option makes no sense.
     """
-    return Server(handlers, *layers, address=address, **options)
+    return Server(handlers, *layers, address=address.removeprefix("grpc://"), **options)

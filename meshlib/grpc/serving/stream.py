@@ -15,18 +15,20 @@ a client that is gone      the handler is cancelled; if it goes on all the same,
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import unquote_to_bytes
 
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
-from grpclib.metadata import Deadline, _MetadataLike, encode_bin_value, encode_grpc_message, encode_metadata
+from grpclib.metadata import Deadline, _MetadataLike, encode_bin_value, encode_grpc_message
 from grpclib.server import Stream
 from h2.errors import ErrorCodes
 from multidict import MultiDict
 
 from ..inbound import Inbound, framed
+from ..metadata import sent_metadata
 
 if TYPE_CHECKING:
     from .call import Handling
@@ -54,13 +56,21 @@ Pairs = list[tuple[str, str]]
 def status_text(message: str) -> tuple[str, str]:
     """A status message as it is sent, of `LONGEST_MESSAGE` bytes at most and of whole characters; and as it is read."""
     message = message[:LONGEST_MESSAGE].encode("utf-8", "replace").decode()  # it may have half a surrogate pair
-    text: str = encode_grpc_message(message)
+    text = _encoded(message)
     if len(text) <= LONGEST_MESSAGE:
         return text, message
     text = text[:LONGEST_MESSAGE]
     escape = text.rfind("%", -2)
     message = unquote_to_bytes(text if escape < 0 else text[:escape]).decode("utf-8", "ignore")
-    return encode_grpc_message(message), message
+    return _encoded(message), message
+
+
+def _encoded(message: str) -> str:
+    """As gRPC says, and a space at either end likewise: HTTP/2 allows none there, and clients refuse the connection."""
+    text: str = encode_grpc_message(message)
+    if text[:1] == " ":
+        text = "%20" + text[1:]
+    return f"{text[:-1]}%20" if text[-1:] == " " else text
 
 
 def size_of(fields: Iterable[tuple[str, str]]) -> int:
@@ -85,6 +95,8 @@ class ServerStream(Stream[Any, Any]):
         sent_status: What its trailers said; ``None`` while they have not been sent.
         declared: A status other than OK is an answer all the same: an exception that the method declares.
         terminated: Why nothing can be sent any more; empty while something can.
+        senders: Tasks in `Sending.send_data`, which take turns.
+        turn: Whose it is.
     """
 
     def __init__(
@@ -119,6 +131,12 @@ class ServerStream(Stream[Any, Any]):
         self.declared = False
         self.terminated = ""
         self._readable: asyncio.Event | None = None
+        self.senders = 0
+
+    @functools.cached_property
+    def turn(self) -> asyncio.Lock:
+        """See the class. Most streams never need it."""
+        return asyncio.Lock()
 
     @property
     def deadline(self) -> Deadline | None:  # type: ignore[override]  # an attribute there, which few look at
@@ -204,7 +222,7 @@ class ServerStream(Stream[Any, Any]):
             pairs: Any = MultiDict(metadata or ())
             if self._events:
                 (pairs,) = await self._dispatch.send_initial_metadata(pairs)
-            more = encode_metadata(pairs)
+            more = sent_metadata(pairs)
         self._connection.send_headers(self, self._content, more)
         self._send_initial_metadata_done = True
 
@@ -215,8 +233,7 @@ class ServerStream(Stream[Any, Any]):
             ProtocolError: A unary method has sent its one.
             StreamTerminatedError: The client is gone.
         """
-        if self._send_trailing_metadata_done:
-            raise ProtocolError("Trailing metadata was already sent")
+        self._check_open()
         if not self._send_initial_metadata_done:
             await self.send_initial_metadata()
         if self._send_message_done and not self._streaming:
@@ -228,6 +245,12 @@ class ServerStream(Stream[Any, Any]):
             await self._connection.send_data(self, data)
         self._send_message_done = True
         self._messages_sent += 1
+
+    def _check_open(self) -> None:
+        if self._send_trailing_metadata_done:
+            if self.terminated:  # by whoever has ended the call over the handler's head
+                raise StreamTerminatedError(self.terminated)
+            raise ProtocolError("Trailing metadata was already sent")
 
     async def send_trailing_metadata(
         self,
@@ -243,8 +266,7 @@ class ServerStream(Stream[Any, Any]):
             ProtocolError: It has been sent, or an OK without the one message of a unary method.
             StreamTerminatedError: The client is gone.
         """
-        if self._send_trailing_metadata_done:
-            raise ProtocolError("Trailing metadata was already sent")
+        self._check_open()
         if not self._streaming and not self._send_message_done and status is Status.OK:
             raise ProtocolError("Unary response with OK status requires a single message to be sent")
         await self.finish(status, status_message, status_details, metadata)
@@ -275,7 +297,7 @@ class ServerStream(Stream[Any, Any]):
                 return  # meanwhile
         elif metadata:
             pairs = MultiDict(metadata)
-        self.finish_now(status, message, details, [*encode_metadata(pairs), *extra] if pairs or extra else ())
+        self.finish_now(status, message, details, [*sent_metadata(pairs), *extra] if pairs or extra else ())
 
     def finish_now(
         self, status: Status, message: str | None = None, details: Any = None, fields: Iterable[tuple[str, str]] = ()
@@ -347,13 +369,18 @@ class ServerStream(Stream[Any, Any]):
         """Is there nothing left to say?"""
         return self._send_trailing_metadata_done or self._cancel_done or bool(self.terminated)
 
+    @property
+    def unanswered(self) -> bool:
+        """Is there still to be a message, without which the call cannot end well?"""
+        return not (self._streaming or self._send_message_done)
+
     def check_answered(self) -> None:
         """A handler has returned; has it done what its method must?
 
         Raises:
             ProtocolError: It has not.
         """
-        if not (self._streaming or self._send_message_done or self.over):
+        if self.unanswered and not self.over:
             raise ProtocolError(
                 f"Unary response with OK status requires a single message to be sent: {self._method_name!r}"
             )
