@@ -144,6 +144,14 @@ class Context(msgspec.Struct, frozen=True):
         """A copy with some fields changed."""
         return msgspec.structs.replace(self, **changes)
 
+    def distrusted(self) -> Context:
+        """What is left of it when the caller is not believed: how long an answer is wanted, and the trace.
+
+        Not where our own calls go (the Dtab), who goes first (the priority), who calls (the client id), whether our
+        calls may be tried again (the attempt), nor what others make of the baggage and of opaque contexts.
+        """
+        return Context(self.deadline, self.trace, record=self.record, waited=self.waited)
+
 
 EMPTY: Final = Context()
 VAR: Final[ContextVar[Context]] = ContextVar("meshlib.context", default=EMPTY)

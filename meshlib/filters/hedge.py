@@ -113,18 +113,24 @@ class Hedge(Filter[Any, Any, Any, Any]):
                     return reply
             # The copy has won, and its success has cancelled the scope, or the first reply is none.
             self._latencies.record(clock.now() - started)
-            return race.reply
+            return self._taken(race)
         except BaseException as error:
             self._censored(error, started)
             if race.copy is None or not isinstance(error, Exception) or not await race.other():
                 raise
-            return race.reply
+            return self._taken(race)
         finally:
             race.done = True
             if race.copy is not None:
                 race.end()
             else:
                 race.request = race.service = None  # the line keeps the race until its hour, but not what it was about
+
+    def _taken(self, race: _Race) -> Any:
+        """The copy's reply becomes the call's. Both may have come in one turn of the loop, and then it is the first."""
+        race.won = True
+        self._won.value += 1
+        return race.reply
 
     def _succeeded(self, request: Any, reply: Any) -> bool:
         """A reply may be a failure as well, if the client's classifier says so."""
@@ -236,8 +242,7 @@ class Hedge(Filter[Any, Any, Any, Any]):
             race.reply = await race.service(race.request)
             if not self._succeeded(race.request, race.reply):
                 return
-            race.won = True
-            self._won.value += 1
+            race.succeeded = True
             race.scope.cancel()
         except Exception:  # noqa: S110 - the account of the try says what it was; the first try's own error is raised
             pass
@@ -266,6 +271,7 @@ class _Race:
         "scope",
         "service",
         "started",
+        "succeeded",
         "won",
     )
 
@@ -274,6 +280,7 @@ class _Race:
     fork: CallRecord | None
     record: CallRecord | None
     reply: Any
+    succeeded: bool
     won: bool
 
     def __init__(self, request: Any, service: Any, started: float, due: float, scope: anyio.CancelScope) -> None:
@@ -295,12 +302,12 @@ class _Race:
             record.retries += 1
             self.fork = record.fork()
         self.reply = None
-        self.won = False
+        self.succeeded = self.won = False
 
     async def other(self) -> bool:
         """The first try has failed: wait for the copy, and say whether it succeeded."""
         await self.over.wait()
-        return self.won
+        return self.succeeded
 
     def end(self) -> None:
         """The call is over: give up the copy if it is still out, and take over what it has to tell."""

@@ -3,7 +3,8 @@
 Each client keeps, over 30 s, how many requests servers let in and how many they refused, and refuses by itself with
 probability ``(requests - K · accepts) / (requests + 1)``, never more than 0.75 (Google, "Site Reliability Engineering",
 ch. 21; K = 2 lets about as many refusals through as there are accepts). What it refuses counts as a request too. Only
-what a server refused counts against it: failures and timeouts are the breakers' business.
+what a server refused counts against it: failures and timeouts are the breakers' business. Nor does it count when it was
+too many of this caller's (429, RESOURCE_EXHAUSTED), which says nothing of the servers' load: others are let in as ever.
 
 A request counts from when it is sent, not from when it is answered. One under way counts as accepted until it is
 refused; else a burst against slow servers that refuse nobody would be throttled.
@@ -217,7 +218,7 @@ class ThrottleFilter(Filter[Any, Any, Any, Any]):
         try:
             reply = await service(request)
         except Rejected as error:
-            if error.by_peer and not _tried_before(context.record):
+            if error.by_peer and not error.over_rate and not _tried_before(context.record):
                 one.refused(clock.now())
             else:
                 one.abandoned()

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from .asgi import Middleware
     from .for_httpx import Transport
     from .for_httpx2 import Transport as Httpx2Transport
-    from .pool import connections
+    from .policy import connections
     from .server import HttpServer, serve
     from .service import HttpClient, client
 
@@ -30,7 +32,7 @@ _WHERE = {
     "Middleware": (".asgi", "Middleware"),
     "Transport": (".for_httpx", "Transport"),
     "client": (".service", "client"),
-    "connections": (".pool", "connections"),
+    "connections": (".policy", "connections"),
     "serve": (".server", "serve"),
 }
 
@@ -42,6 +44,15 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     module, attribute = _WHERE[name]
-    value = getattr(importlib.import_module(module, __name__), attribute)
+    try:
+        value = getattr(importlib.import_module(module, __name__), attribute)
+    except ModuleNotFoundError as error:
+        guest = (error.name or "").partition(".")[0]
+        if guest == "meshlib":
+            raise
+        wanted = "httpx2" if guest in ("httpx2", "httpcore2") else "http"
+        raise ConfigurationError(
+            f"meshlib.http.{name} needs {guest}, which is not installed: pip install 'meshlib-rpc[{wanted}]'"
+        ) from error
     globals()[name] = value
     return value

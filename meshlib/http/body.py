@@ -65,6 +65,11 @@ class Body:
         else:
             self._watchers.append(callback)
 
+    @property
+    def closed(self) -> bool:
+        """Has it been closed?"""
+        return self._closed
+
     def __aiter__(self) -> Self:
         return self
 

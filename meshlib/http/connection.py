@@ -1,40 +1,29 @@
-"""Connections: made here, so that nobody else's pool is in the way, and spoken over by httpcore.
+"""One connection, as a session: a request goes out over it, and what comes back becomes a response, or our error.
 
-httpcore knows HTTP/1.1 and HTTP/2 on a stream; its pool looks at every request for each request, and in httpx's version
-loses a slot for each connect that is cancelled (encode/httpcore#1093). So streams are opened here, and handed to its
-connections one by one. Events that it would have told ``extensions["trace"]`` while connecting are told by us.
+HTTP itself is spoken by httpcore's connection, or by ours (``http2.py``). What travels with a request is added here,
+and what a reply says of its connection is read here; a small body is read before the reply is given.
 """
 
 from __future__ import annotations
 
-import select
-import ssl
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ..client import Liveness, Transport, describe
 from ..core.clock import Clock
 from ..core.context import VAR
 from ..core.env import Env
-from ..core.errors import ConnectError, ConnectionLost, InvalidArgument, MeshError
-from ..names.addr import Address
+from ..core.errors import ConnectionLost, InvalidArgument, MeshError
+from .account import ACCOUNT
 from .body import body_class, from_core
-from .core import Core
 from .headers import encode_headers
 from .status import judged
-from .steps import Steps
 
-__all__ = ["BODY_UNTIL", "CONNECTING", "HttpConnector", "HttpSession", "SourceFailed"]
+if TYPE_CHECKING:
+    from .connector import HttpConnector
 
-CONNECTING: Final[ContextVar[Any]] = ContextVar("meshlib.http.connecting", default=None)
-"""The request for which a connection is being made, whose timeouts and trace function count; none in the background."""
-BODY_UNTIL: Final[ContextVar[float | None]] = ContextVar("meshlib.http.body_until", default=None)
-"""Until when the body of the reply may be read."""
-BUFFER: Final = 65_536
-"""Bytes. A body that says it is no larger is read before the call is over, so that a failure in it is retried too."""
+__all__ = ["HttpSession", "SourceFailed"]
 
 
 class SourceFailed(InvalidArgument):
@@ -68,106 +57,6 @@ class _Source:
                 self.fault = error
                 raise
             yield chunk
-
-
-class HttpConnector:
-    """Makes connections for one origin.
-
-    Args:
-        core: httpx or httpx2.
-        scheme: ``http`` or ``https``.
-        server_name: What the certificate must be for; empty for the address itself.
-        context: For TLS.
-        http2: Offer HTTP/2 in TLS, and speak it at once without.
-        buffer: See `BUFFER`.
-        propagate: Send deadline, trace, Dtab and the rest along.
-    """
-
-    protocol: ClassVar[str] = "http"
-    keeps_deadline: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        core: Core,
-        scheme: str = "http",
-        server_name: str = "",
-        context: ssl.SSLContext | None = None,
-        *,
-        http2: bool = False,
-        buffer: int = BUFFER,
-        propagate: bool = True,
-    ) -> None:
-        self.core, self.scheme, self.server_name, self.context = core, scheme, server_name, context
-        self.http2, self.buffer, self.propagate = http2, buffer, propagate
-
-    @staticmethod
-    def lasting(reply: Any) -> Any:
-        """The body of a reply that is still to be read; ``None`` for one that has been."""
-        stream = getattr(reply, "stream", None)
-        return stream if hasattr(stream, "on_end") else None
-
-    async def connect(self, address: Address, env: Env, liveness: Liveness | None) -> HttpSession:
-        """A connection to ``address``."""
-        core, request = self.core, CONNECTING.get()
-        extensions = {} if request is None else request.extensions
-        limit = transport.connect_timeout if (transport := env.params.get(Transport)) else 1.0
-        theirs = extensions.get("timeout", {}).get("connect")
-        timeout = limit if theirs is None else min(limit, theirs)
-        steps = Steps(extensions.get("trace"))
-        backend = core.httpcore.AnyIOBackend()
-        stream = None
-        try:
-            if address.path:
-                async with steps.of("connection.connect_unix_socket", path=address.path, timeout=timeout) as told:
-                    stream = told.value = await backend.connect_unix_socket(address.path, timeout=timeout)
-            else:
-                async with steps.of(
-                    "connection.connect_tcp", host=address.host, port=address.port, timeout=timeout
-                ) as told:
-                    stream = told.value = await backend.connect_tcp(address.host, address.port, timeout=timeout)
-            if self.scheme == "https":
-                assert self.context is not None  # noqa: S101
-                name = self.server_name or address.host
-                async with steps.of("connection.start_tls", server_hostname=name, timeout=timeout) as told:
-                    stream = told.value = await stream.start_tls(self.context, server_hostname=name, timeout=timeout)
-            return await self._session(stream, address, env, liveness, timeout)
-        except BaseException as error:
-            if stream is not None:
-                with anyio.CancelScope(shield=True):
-                    await stream.aclose()
-            if isinstance(error, core.httpcore.NetworkError | core.httpcore.TimeoutException):
-                raise ConnectError(_said(error, timeout), endpoint=str(address)) from error
-            raise
-
-    async def _session(
-        self, stream: Any, address: Address, env: Env, liveness: Liveness | None, timeout: float
-    ) -> HttpSession:
-        library = self.core.httpcore
-        port = address.port or (443 if self.scheme == "https" else 80)
-        origin = library.Origin(self.scheme.encode(), (address.host or "localhost").encode(), port)
-        tls = stream.get_extra_info("ssl_object")
-        if tls.selected_alpn_protocol() != "h2" if tls is not None else not self.http2:
-            connection = library.AsyncHTTP11Connection(origin, stream)
-            return HttpSession(self, connection, origin, str(address), env, False, _readability(stream))
-        from .http2 import Http2Connection  # which h2 must be installed for
-
-        connection = Http2Connection(self.core, stream, env, liveness)
-        try:
-            await connection.open(timeout)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await connection.aclose()
-            raise
-        return HttpSession(self, connection, origin, str(address), env, True, None)
-
-
-def _said(error: BaseException, timeout: float) -> str:
-    if "Timeout" in type(error).__name__:
-        return f"no connection within {timeout:g} s"
-    cause = error.__cause__
-    if isinstance(cause, ssl.SSLError):
-        return f"TLS failed: {getattr(cause, 'verify_message', '') or cause.reason or cause}"
-    return describe(cause) if isinstance(cause, OSError) else f"connect failed: {error}"
 
 
 class HttpSession:
@@ -303,12 +192,13 @@ class HttpSession:
         if 0 <= length <= connector.buffer and status != 101:
             stream = core.httpx.ByteStream(await self._whole(response))
         else:
-            stream = body_class(core)(core, response.stream, request, self._clock, BODY_UNTIL.get(), self._endpoint)
-            opened = vars(request).get("meshlib_opened")
-            if opened is not None:
-                opened.append(stream)
+            account = ACCOUNT.get() if connector.accounts else None
+            until = None if account is None else account.until
+            stream = body_class(core)(core, response.stream, request, self._clock, until, self._endpoint)
+            if account is not None and not account.add(stream):
+                await stream.aclose()
         reply = core.httpx.Response(
-            status, headers=response.headers, stream=stream, extensions=dict(response.extensions)
+            status, headers=response.headers, stream=stream, extensions=dict(response.extensions), request=request
         )
         if status >= 429:
             failure = judged(status, response.headers, self._clock.epoch_ns() / 1e9)
@@ -371,13 +261,3 @@ def _kept_for(value: bytes) -> float | None:
         if name.lower() == b"timeout" and number.isdigit() and len(number) < 8:
             return float(number)
     return None
-
-
-def _readability(stream: Any) -> Any:
-    """What tells whether an idle stream has something to say: nothing but its end would be in order."""
-    raw = stream.get_extra_info("socket")
-    if raw is None or not hasattr(select, "poll"):  # Windows
-        return None
-    poll = select.poll()
-    poll.register(raw, select.POLLIN)
-    return poll

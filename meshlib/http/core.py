@@ -58,7 +58,8 @@ class Core:
             self.httpx: Any = importlib.import_module(name)
             self.httpcore: Any = importlib.import_module(name.replace("httpx", "httpcore"))
         except ImportError as error:
-            raise ConfigurationError(f"{name} is not installed: pip install {name}") from error
+            extra = "http" if name == "httpx" else name
+            raise ConfigurationError(f"{name} is not installed: pip install 'meshlib-rpc[{extra}]'") from error
         self.name = name
         self._kinds: dict[tuple[type, type], type] = {}
 

@@ -85,7 +85,7 @@ class HeaderReader(TextReader):
                 found[name] = value
         if not found and not b3:
             return Context()
-        return Context(
+        context = Context(
             deadline=self._deadline(found.get(DEADLINE)),
             trace=self._trace(found, b3),
             dtab=self._dtab(found.get(DTAB)),
@@ -94,6 +94,7 @@ class HeaderReader(TextReader):
             baggage=self._text(found.get(b"baggage")),
             priority=self._priority(found.get(PRIORITY)),
         )
+        return self._believed(context)
 
     def _deadline(self, value: bytes | None) -> float | None:
         if value is None:

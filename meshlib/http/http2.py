@@ -35,6 +35,8 @@ UNSENT: Final = 256 * 1024
 DEAF: Final = 4 << 20
 """Bytes that may wait to be written in all. A server that sends pings, and reads none of the answers, gets here."""
 READ: Final = 65_536
+LOOKS: Final = 5
+"""How often it is looked, within the interval of pings, whether anything has come."""
 FAREWELL: Final = 0.1
 """Seconds that a last GOAWAY may take. The peer hears of the end in any case."""
 
@@ -145,10 +147,12 @@ class Http2Connection:
             self._tell_senders()
 
     async def _ping(self, liveness: Liveness) -> None:
+        heard, quiet = self._heard, 0
         while True:
+            await anyio.sleep(liveness.interval / LOOKS)
+            quiet = quiet + 1 if self._streams and self._heard == heard else 0
             heard = self._heard
-            await anyio.sleep(liveness.interval)
-            if not self._streams or self._heard != heard:
+            if quiet < LOOKS:
                 continue
             self._h2.ping(b"alive?\0\0")
             self._wake()

@@ -1,10 +1,11 @@
 """Connections of one endpoint, each lent to one request at a time (to many, over HTTP/2), kept while they are warm.
 
 Finagle's watermark and caching pools in one. The connection used last is lent first, so that those which are not needed
-grow old; they are closed after `IDLE` seconds, before servers do it (uvicorn and Node.js: 5 s), or sooner where the
-server says so in a ``Keep-Alive`` header. A connection that the server has closed meanwhile is found out before it is
-lent. After a maximum age a connection is not lent again, so that load finds its way to new machines behind an address.
-Beyond ``most`` connections, requests wait in line, and have their turn in order, or give up after httpx's pool timeout.
+grow old; they are closed before servers do it (uvicorn and Node.js: after 5 s), or sooner where the server says so in a
+``Keep-Alive`` header. A connection that the server has closed meanwhile is found out before it is lent. After a maximum
+age a connection is not lent again, so that load finds its way to new machines behind an address; one that is shared
+ends with the last request on it, while others have a new one. Beyond ``most`` connections, requests wait in line, and
+have their turn in order, or give up after httpx's pool timeout.
 
 Connecting is done by the request that needs it; where HTTP/2 is offered by one at a time, since the others may share
 what it makes; how many may share one, the server can say anew at any time. If connecting fails, the layer `failfast`
@@ -15,51 +16,29 @@ in giving a connection back.
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
 from ..balancing.failfast import Failfast, Waits
+from ..core.context import VAR
 from ..core.env import Env
-from ..core.errors import ConfigurationError, ConnectError, ServiceClosed
+from ..core.errors import ConnectError, ServiceClosed
 from ..core.health import Peers
 from ..core.service import Status
 from ..core.supervisor import Job
 from ..names.watch import Watch
-from .connection import CONNECTING, HttpConnector, HttpSession
+from .connection import HttpSession
+from .connector import CONNECTING, HttpConnector, is_impatient, is_untrusted
 from .line import Line, PoolFull
 
-__all__ = ["Connections", "PoolFull", "WatermarkPool", "connections"]
+if TYPE_CHECKING:
+    from .policy import Connections
 
-IDLE: Final = 4.0
+__all__ = ["PoolFull", "WatermarkPool"]
+
 MARGIN: Final = 1.0
 """Seconds before the time that the server gives: its clock started first."""
-MOST: Final = 100
-"""Connections to one endpoint, as httpx has in all."""
-
-
-class Connections:
-    """The layer. See `connections`."""
-
-    place: ClassVar[str] = "pool"
-    keeps_deadline: ClassVar[bool] = False
-
-    def __init__(self, most: int = MOST, idle: float = IDLE, age: float | None = None) -> None:
-        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-            raise ConfigurationError(f"connections(most={most!r}): give a number of connections, 1 or more")
-        if not idle >= 0 or (age is not None and not age > 0):
-            raise ConfigurationError(f"connections(idle={idle!r}, age={age!r}): give seconds")
-        self.most, self.idle, self.age = most, idle, age
-
-    def build(self, env: Env, below: Any) -> Any:
-        """A service over a pool over the connector."""
-        pool = WatermarkPool(below, env, self)
-        env.closers.append(pool.close)
-        return pool.call
-
-    def __repr__(self) -> str:
-        age = "" if self.age is None else f", age={self.age:g} s"
-        return f"connections(most={self.most}, idle={self.idle:g} s{age})"
 
 
 class WatermarkPool:
@@ -87,7 +66,7 @@ class WatermarkPool:
         self._peers = env.shared(Peers, Peers)
         self._watch: Watch | None = env.params.get(Watch)
         connector: HttpConnector | None = env.params.get(HttpConnector)
-        self._shares = connector is not None and connector.http2
+        self._shares = connector is not None and connector.shares
         self._error: ConnectError | None = None
         self._pause: anyio.CancelScope | None = None
         metrics = env.metrics.scope("pool")
@@ -143,7 +122,7 @@ class WatermarkPool:
                 self._stale.value += 1
                 self._unlist(session)
                 self._doom(session)
-            elif not session.usable:
+            elif not session.usable or self._retires(session, now):
                 self._unlist(session)
                 if free:
                     self._doom(session)
@@ -158,7 +137,9 @@ class WatermarkPool:
 
     def _list(self, session: HttpSession) -> None:
         """Lend it, if it has room and is not lent already."""
-        if not session.listed and session.lent < session.capacity:
+        if session.listed or session.lent >= session.capacity:
+            return
+        if self._policy.age is None or not self._retires(session, self._clock.now()):
             session.listed = True
             self._ready.append(session)
 
@@ -173,7 +154,15 @@ class WatermarkPool:
     def _is_old(self, session: HttpSession, now: float) -> bool:
         idle, policy = now - session.idle_since, self._policy
         limit = policy.idle if session.idle_limit is None else min(policy.idle, session.idle_limit - MARGIN)
-        return idle > limit or (policy.age is not None and now - session.born > policy.age)
+        return idle > limit or self._is_aged(session, now)
+
+    def _is_aged(self, session: HttpSession, now: float) -> bool:
+        age = self._policy.age
+        return age is not None and now - session.born > age
+
+    def _retires(self, session: HttpSession, now: float) -> bool:
+        """Is it to have no more requests beside those on it? Not if there is no room for another in its place."""
+        return self._is_aged(session, now) and len(self._all) + self._connecting < self._policy.most
 
     async def _acquire(self, request: Any) -> HttpSession:
         left = request.extensions.get("timeout", {}).get("pool")
@@ -228,7 +217,10 @@ class WatermarkPool:
         while line:
             session = self._take()
             if session is None and error is not None:
-                line.give(error=ConnectError(error.message, endpoint=str(self._env.address)))
+                same = ConnectError(error.message, endpoint=str(self._env.address))
+                if not error.retryable:
+                    same.finalize(error.verdict)
+                line.give(error=same)
                 continue
             if session is None:
                 if self._must_wait or self._closed:
@@ -267,9 +259,8 @@ class WatermarkPool:
             self._connecting -= 1
             if isinstance(error, Exception):
                 self._failures.value += 1
-            if isinstance(error, ConnectError):
-                self._failed(error)
-            self._serve(error if self._shares and isinstance(error, ConnectError) else None)
+            concerns = isinstance(error, ConnectError) and self._judge(error) and self._shares
+            self._serve(error if concerns and isinstance(error, ConnectError) else None)
             raise
         self._connecting -= 1
         if self._closed or self._env.supervisor.closed:  # in that very moment
@@ -286,6 +277,22 @@ class WatermarkPool:
             self._keeper = self._env.supervisor.start(self._keep, name=f"connections to {self._env.address}")
         self._succeeded()
         return session
+
+    def _judge(self, error: ConnectError) -> bool:
+        """What a failed connect says of the endpoint, and of another try. Would others have failed as well?"""
+        peers = self._peers
+        if is_untrusted(error) and peers.downs >= peers.count - 1:
+            # There is no other, and what is waited for is not time, but another certificate.
+            error.finalize("its certificate is not accepted, and there is no other endpoint")
+        elif is_impatient(error, self._env):
+            record = VAR.get().record
+            tried = {self._env.address} if record is None else {self._env.address, *record.tried}
+            if len(tried) >= peers.count:
+                error.finalize("the request's connect timeout has passed, and there is no other endpoint")
+            return False
+        else:
+            self._failed(error)
+        return True
 
     def _succeeded(self) -> None:
         self._peers.up(self._env.health)
@@ -380,17 +387,3 @@ class WatermarkPool:
 
     def __repr__(self) -> str:
         return f"<pool of {self._env.address}: {len(self._all)} connections, {len(self._ready)} free>"
-
-
-def connections(most: int = MOST, idle: float = IDLE, age: float | None = None) -> Connections:
-    """How many connections an HTTP client has with each endpoint, and for how long.
-
-    Args:
-        most: At once; further requests wait in line.
-        idle: Seconds for which an unused one is kept.
-        age: Seconds after which one is not lent again; ``None`` for never.
-
-    Raises:
-        ConfigurationError: One makes no sense.
-    """
-    return Connections(most, idle, age)

@@ -16,10 +16,11 @@ class HttpClient:
     """A service: give it a request, and it gives the response, read to its end. See `client`."""
 
     def __init__(self, transport: MeshTransport) -> None:
+        transport.body_limit = transport.total  # a call ends with its body here
         self.transport = transport
 
     async def __call__(self, request: Any) -> Any:
-        """Send one request, and read the whole answer.
+        """Send one request, and read the whole answer, both within the total timeout.
 
         Raises:
             httpx.TransportError: It failed; also a `MeshError`, which says where, how often and why.
@@ -54,7 +55,7 @@ class HttpClient:
 
 
 def client(target: str | None = None, *layers: Any, module: ModuleType | str = "httpx", **options: Any) -> HttpClient:
-    """An HTTP client as a service, to be called with an ``httpx.Request``.
+    """An HTTP client as a service, to be called with an ``httpx.Request``; the total timeout is for the body as well.
 
     Args:
         target: Where requests go; ``None`` to go by each request's host.

@@ -1,8 +1,8 @@
 """What a response's status means, and how it passes the layers that think in errors.
 
 An answer that may be worth another try goes up the stack as an error that carries it, so that breakers, budgets and
-retries see what it is; `Answers`, above the retries, makes it a response again, since that is what callers of an HTTP
-client expect. What a 5xx means (RFC 9110 15.6, RFC 6585 for 429, Finagle's HttpNackFilter for nacks):
+retries see what it is; above the retries it becomes a response again (``answers.py``). What it means (RFC 9110
+15.6, RFC 6585 for 429, Finagle's HttpNackFilter for nacks):
 
 ==================================================  ====================================================
 503 with ``finagle-http-nack``, or Retry-After: 0   never processed: goes elsewhere at once, budget paid
@@ -23,14 +23,11 @@ import datetime
 import email.utils
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
-from ..core.context import VAR
-from ..core.env import Env
 from ..core.errors import MeshError, Rejected, RemoteError
-from ..core.service import Filter, Service
 
-__all__ = ["Answers", "StatusError", "judged", "retry_after"]
+__all__ = ["StatusError", "judged", "retry_after"]
 
 NACK: Final = b"finagle-http-nack"
 FINAL_NACK: Final = b"finagle-http-nonretryable-nack"
@@ -78,7 +75,7 @@ def judged(status: int, headers: Iterable[tuple[bytes, bytes]], wall: float) -> 
         asked = None  # that is for those who could only come back to the same server
     elif status == 429:
         error = _Refused("too many requests: 429", retryable=asked is not None)
-        error.processed = None
+        error.processed, error.over_rate = None, True
     else:
         error = _Failed(f"the server answered {status}", retryable=status in _PASSING and FINAL_NACK not in fields)
         error.processed = None if status in _PASSING and status != 500 else True
@@ -101,36 +98,3 @@ def retry_after(value: bytes | None, wall: float) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return None if math.isnan(left) else min(max(0.0, left), LONGEST_WAIT)
-
-
-class Answers(Filter[Any, Any, Any, Any]):
-    """Above the retries: a failure that is a response becomes one again. Closes those that nobody will read."""
-
-    place: ClassVar[str] = "filters"
-    keeps_deadline: ClassVar[bool] = True
-
-    def build(self, env: Env, service: Any) -> Any:
-        """The same for all."""
-        return self.bind(service)
-
-    async def apply(self, request: Any, service: Service[Any, Any]) -> Any:
-        """Make the call."""
-        chosen = None
-        try:
-            chosen = await service(request)
-        except StatusError as error:
-            if error.response is None:
-                raise
-            chosen = error.response
-            record = VAR.get().record  # which the error itself is told only above this layer
-            attempts = error.attempts if record is None else record.attempts
-            chosen.extensions["meshlib"] = {"attempts": attempts, "verdict": error.verdict}
-        finally:
-            opened = vars(request).pop("meshlib_opened", None) if hasattr(request, "__dict__") else None
-            for body in opened or ():
-                if chosen is None or body is not chosen.stream:
-                    await body.aclose()
-        return chosen
-
-    def __repr__(self) -> str:
-        return "answers()"

@@ -21,8 +21,7 @@ import anyio
 from ..client import Client
 from ..core.classify import PartialClassifier, ResponseClass, Rule
 from ..core.clock import Clock
-from ..core.context import VAR
-from ..core.env import Env
+from ..core.context import VAR, Context
 from ..core.errors import ConfigurationError, MeshError, ServiceClosed
 from ..core.service import Status
 from ..core.stack import Layer, Stack
@@ -30,22 +29,21 @@ from ..core.supervisor import Supervisor
 from ..filters.timeout import DEFAULT_TOTAL, TotalTimeout
 from ..names.base import BaseDtab
 from ..names.bind import Bind
-from ..names.dtab import Dtab
 from ..names.path import Path
 from ..telemetry.http import HttpClientTracing
-from .connection import BODY_UNTIL, BUFFER, HttpConnector, SourceFailed
+from .account import ACCOUNT, Account
+from .answers import Answers
+from .connection import SourceFailed
+from .connector import BUFFER, HttpConnector, context_of
 from .core import Core, core_of
-from .pool import Connections
-from .status import Answers
+from .facts import note
+from .logical import LogicalNames
+from .policy import Connections
 
 __all__ = ["MeshTransport"]
 
-IDEMPOTENT: Final = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"))
-"""RFC 9110 9.2.2."""
 MOST_NAMES: Final = 1000
-"""Clients without a target: when there are more, those end that were used least recently and have nothing to do."""
-PATIENCE: Final = 3.0
-"""Seconds to wait for a base Dtab that has not been read yet, as for a first endpoint."""
+"""Clients: when there are more, those end that were used least recently and have nothing to do."""
 
 Key = tuple[bytes, bytes, int | None, str, bool]
 
@@ -58,8 +56,9 @@ class MeshTransport:
         target: Where requests go; ``None`` to go by each request's host.
         layers: Each replaces the default at its place; plain filters are added, and see ``Request`` and ``Response``.
         label: What the client is called in metrics, spans and errors; by default the name.
-        verify: As for httpx: ``True``, ``False``, or an ``ssl.SSLContext``.
-        http2: Offer HTTP/2 (needs the package ``h2``).
+        verify: As for httpx: ``True``, ``False``, or an ``ssl.SSLContext``; or the path of the certificates to trust.
+        http1: Speak HTTP/1.1.
+        http2: Speak HTTP/2 (needs the package ``h2``): where servers choose it, in TLS; everywhere without ``http1``.
         prefix: Of the logical paths that hosts are looked up under.
         buffer: Bodies of at most so many bytes, which say so, are read within the call, and retried with it.
         propagate: Send deadline, trace, Dtab and the rest along; ``False`` for servers that are none of yours.
@@ -68,8 +67,12 @@ class MeshTransport:
         clock: What time it is; for tests.
         seed: Of the client's random choices; for tests.
 
+    Attributes:
+        total: Seconds that a call may take by its total timeout, ``None`` for no limit.
+        body_limit: Seconds from the beginning of a call for which a body may be read, ``None`` for no limit.
+
     Raises:
-        ConfigurationError: The target, a layer or an option makes no sense.
+        ConfigurationError: The target, a layer or an option makes no sense, or a package is missing.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class MeshTransport:
         target: str | None = None,
         *layers: Any,
         label: str = "",
-        verify: bool | ssl.SSLContext = True,
+        verify: bool | str | ssl.SSLContext = True,
+        http1: bool = True,
         http2: bool = False,
         prefix: str = "/s",
         buffer: int = BUFFER,
@@ -99,25 +103,31 @@ class MeshTransport:
             target, layers = None, (target, *layers)
         self._core: Core = core_of(module)
         self._target, self._layers, self._label = target, layers, label
-        self._verify, self._http2, self._buffer, self._propagate = verify, http2, buffer, propagate
+        self._verify, self._http1, self._http2 = verify, http1, http2
+        self._buffer, self._propagate = buffer, propagate
         self._prefix = Path.parse(prefix)
         self._classifier = Rule(_judge) if classifier is None else Rule(classifier).or_else(_judge)
         self._stack, self._clock, self._seed = stack, clock or Clock(), seed
         self._clients: OrderedDict[Key, Client[Any, Any]] = OrderedDict()
         self._under_way: Counter[Client[Any, Any]] = Counter()
         self._default_total = TotalTimeout(DEFAULT_TOTAL)
-        self._contexts: ssl.SSLContext | None = None
+        self._context: ssl.SSLContext | None = None
         self._supervisor = Supervisor(f"transport {label or target or 'by host'}")
         self._closed = False
-        self._base: BaseDtab | None = None
+        self._names: LogicalNames | None = None
+        self._memory = self._core.httpx.ByteStream
         # What makes no sense is told now, and not by the first request.
         trial = self._client("http", target or "localhost:80", "", "")
+        if not isinstance(verify, bool):
+            self._tls()
         bind = trial.stack.find("bind")
         total = trial.stack.find("timeout")
         # What the user gave is for all of it, bodies included; the default is for the head of the response.
-        self._body_limit: float | None = None if total is self._default_total else getattr(total, "seconds", None)
+        self.total: float | None = getattr(total, "seconds", None)
+        self.body_limit = None if total is self._default_total else self.total
         if target is None:
-            self._base = BaseDtab(bind.base if isinstance(bind, Bind) else None)
+            base = BaseDtab(bind.base if isinstance(bind, Bind) else None)
+            self._names = LogicalNames(self._prefix, base, self._clock, self._supervisor)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -145,29 +155,25 @@ class MeshTransport:
                 else "Request URL is missing an 'http://' or 'https://' protocol.",
                 request=request,
             )
-        noted = vars(request)
-        replayable, concurrent = self._replays(request.stream)
-        noted["idempotent"] = replayable and (request.method in IDEMPOTENT or "idempotency-key" in request.headers)
-        noted["replayable"], noted["concurrent"] = replayable, concurrent
-        noted["dest"] = request.method
-        noted["patience"] = request.extensions.get("timeout", {}).get("connect")
-        noted["meshlib_opened"] = []
+        note(request, core)
         context = VAR.get()
         until = context.deadline
-        if self._body_limit is not None:
-            limit = self._clock.now() + self._body_limit
+        if self.body_limit is not None:
+            limit = self._clock.now() + self.body_limit
             until = limit if until is None else min(limit, until)
-        token = BODY_UNTIL.set(until)
+        account, reply = Account(self._supervisor, self._memory, until), None
+        token = ACCOUNT.set(account)
         try:
-            client = await self._client_of(request, context.dtab)
+            client = await self._client_of(request, context)
             under_way = self._under_way
             under_way[client] += 1
             try:
-                return await client(request)
+                reply = await client(request)
             finally:
                 under_way[client] -= 1
                 if not under_way[client]:
                     del under_way[client]
+            return reply
         except MeshError as error:
             if isinstance(error, SourceFailed) and error.__cause__ is not None:
                 raise error.__cause__ from None
@@ -175,19 +181,10 @@ class MeshTransport:
                 raise
             raise core.error(error, request) from error
         finally:
-            BODY_UNTIL.reset(token)
+            ACCOUNT.reset(token)
+            account.end(reply)
 
-    def _replays(self, stream: Any) -> tuple[bool, bool]:
-        """Can a body be sent again, and can it be sent twice at once? Two that read one file would each get a part."""
-        if isinstance(stream, self._core.httpx.ByteStream):
-            return True, True
-        fields = getattr(stream, "fields", None)  # of a multipart form
-        if fields is None:
-            return False, False
-        files = [file for field in fields if not isinstance(file := getattr(field, "file", b""), str | bytes)]
-        return all(map(_seekable, files)), not files
-
-    async def _client_of(self, request: Any, local: tuple[tuple[str, str], ...]) -> Client[Any, Any]:
+    async def _client_of(self, request: Any, context: Context) -> Client[Any, Any]:
         url = request.url
         sni = request.extensions.get("sni_hostname", "")
         if self._target is not None:
@@ -196,14 +193,14 @@ class MeshTransport:
                 (b"", b"", None, sni or url.host, False) if url.scheme == "https" else (b"", b"", None, "", False)
             )
         else:
-            logical = bool(local or self._known) and await self._is_logical(url.host, local)
+            logical = await self._is_logical(request, context)
             key = (url.raw_scheme, url.raw_host, url.port, sni, logical)
         client = self._clients.get(key)
         if client is None:
             client = self._clients[key] = self._client(url.scheme, self._name(url, logical), sni or url.host, url.host)
             while len(self._clients) > MOST_NAMES and self._forget_one(client):
                 pass
-        elif self._target is None:
+        else:
             self._clients.move_to_end(key)
         return client
 
@@ -219,27 +216,18 @@ class MeshTransport:
             return f"dns://{host}:{port}"
         return f"[{host}]:{port}" if address.version == 6 else f"{host}:{port}"
 
-    @property
-    def _known(self) -> bool:
-        """May the base Dtab have an entry?"""
-        base = self._base
-        return base is not None and (base.target is not None or bool(base.current.value))
-
-    async def _is_logical(self, host: str, local: tuple[tuple[str, str], ...]) -> bool:
-        try:
-            path = Path.parse(f"{self._prefix}/{host}")
-        except ConfigurationError:
+    async def _is_logical(self, request: Any, context: Context) -> bool:
+        names = self._names
+        if names is None or not (context.dtab or names.any):
             return False
-        if local and Dtab.of_pairs(local)[0].matches(path):
-            return True
-        base = self._base
-        if base is None:
-            return False
-        if base.current.value is None:
-            base.start(Env(supervisor=self._supervisor))
-            with anyio.move_on_after(PATIENCE):
-                await base.current.wait_for(lambda dtab: dtab is not None)
-        return bool(base.current.value and base.current.value.matches(path))
+        until = context.deadline
+        if self.total is not None:
+            limit = self._clock.now() + self.total
+            until = limit if until is None else min(limit, until)
+        found = await names.has(request.url.host, context.dtab, request, until)
+        if self._closed:  # meanwhile
+            raise ServiceClosed("the transport is closed")
+        return found
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
@@ -250,9 +238,11 @@ class MeshTransport:
             scheme,
             server_name,
             context,
+            http1=self._http1,
             http2=self._http2,
             buffer=self._buffer,
             propagate=self._propagate,
+            accounts=True,
         )
         client = Client[Any, Any](
             name,
@@ -271,19 +261,13 @@ class MeshTransport:
         return client
 
     def _arranged(self, stack: Stack) -> Stack:
-        stack = stack.insert_before("retry", Answers())
+        stack = stack.insert_before("retry", Answers(self._core))
         return stack if self._stack is None else self._stack(stack)
 
     def _tls(self) -> ssl.SSLContext:
-        if self._contexts is None:  # 20 to 50 ms, hence one for all
-            given = self._verify
-            context: ssl.SSLContext = (
-                given if isinstance(given, ssl.SSLContext) else self._core.httpx.create_ssl_context(verify=given)
-            )
-            context.set_alpn_protocols(["h2", "http/1.1"] if self._http2 else ["http/1.1"])
-            self._contexts = context
-            return context
-        return self._contexts
+        if self._context is None:  # 20 to 50 ms, hence one for all
+            self._context = context_of(self._core, self._verify)
+        return self._context
 
     def _forget_one(self, wanted: Client[Any, Any]) -> bool:
         """End the client that was used least recently, of those that have nothing under way."""
@@ -305,18 +289,30 @@ class MeshTransport:
         return Status.CLOSED if self._closed else Status.OPEN
 
     def metrics(self) -> dict[str, float]:
-        """Every number of every client, by ``<name>/<metric>``; without the name where there is a target."""
-        if self._target is not None and len(self._clients) == 1:
-            return next(iter(self._clients.values())).metrics()
+        """Every number of every client.
+
+        By host they are ``http://users:8080/<metric>``, and ``http://users:8080/s/users/<metric>`` where a Dtab has an
+        entry; with a target ``<metric>``, and in TLS ``https://<name that the certificate must have>/<metric>``.
+        """
         return {
-            f"{client.env.name}/{name}": number
-            for client in self._clients.values()
+            f"{self._prefix_of(key)}{name}": number
+            for key, client in self._clients.items()
             for name, number in client.metrics().items()
         }
+
+    def _prefix_of(self, key: Key) -> str:
+        scheme, raw, port, sni, logical = key
+        if self._target is not None:
+            return f"https://{sni}/" if sni else ""
+        host = raw.decode("ascii", "replace")
+        origin = f"{scheme.decode()}://{f'[{host}]' if ':' in host else host}{'' if port is None else f':{port}'}"
+        return f"{origin}{f';sni={sni}' if sni else ''}{f'{self._prefix}/{host}' if logical else ''}/"
 
     async def aclose(self) -> None:
         """Close every connection. Twice is the same as once."""
         self._closed = True
+        if self._names is not None:
+            self._names.close()
         with anyio.CancelScope(shield=True):
             for client in tuple(self._clients.values()):
                 await client.aclose()
@@ -341,10 +337,3 @@ class MeshTransport:
 def _judge(request: Any, reply: Any, error: BaseException | None) -> ResponseClass | None:
     status = getattr(reply, "status_code", 0)
     return ResponseClass.FAILURE if status >= 500 or status == 429 else None
-
-
-def _seekable(file: Any) -> bool:
-    try:
-        return bool(file.seekable())
-    except (AttributeError, ValueError):
-        return False

@@ -154,6 +154,45 @@ def test_the_first_may_still_win_and_then_the_copy_is_cancelled():
     assert bench.registry.snapshot()["hedges/won"] == 0
 
 
+class Together(Bench):
+    """Once it has learnt, all copies of a call are answered in one moment, each with its number."""
+
+    moment = None
+
+    async def serve(self, request):
+        if self.moment is None:
+            return await super().serve(request)
+        n = len(self.log)
+        current().record.endpoint = f"host{n}"
+        self.log.append((anyio.current_time(), "answered", ()))
+        await self.moment.wait()
+        return n
+
+    async def come(self):
+        await anyio.sleep(0.5)
+        self.moment.set()
+
+    def play(self):
+        async def body(service):
+            self.moment = anyio.Event()
+            self.env.supervisor.start(self.come)
+            try:
+                return await service(SAFE)
+            finally:
+                await anyio.sleep(0.01)
+
+        return self.run(body)
+
+
+def test_when_both_are_answered_in_one_moment_the_copy_has_won_only_if_its_reply_is_the_calls():
+    for _ in range(20):  # it is chance whose reply it is
+        bench = Together()
+        reply = bench.play()
+        counts = bench.registry.snapshot()
+        assert (counts["hedges/sent"], counts["hedges/won"]) == (1, reply)
+        assert bench.record.endpoint == f"host{reply}"
+
+
 def test_a_call_that_is_not_slow_is_sent_once():
     bench = Bench()
     assert bench.call((USUAL, "done")) == "done"

@@ -31,6 +31,13 @@ def account(accepts=0, refusals=0, at=0.0, k=2.0, cap=0.75):
     return one
 
 
+def too_many():
+    """A server's refusal of what was too much of this caller, and would have been let in of another."""
+    error = Rejected("too many requests")
+    error.by_peer = error.over_rate = True
+    return error
+
+
 # --- the account ------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +223,14 @@ def test_refusals_of_less_than_half_change_nothing():
 
 @pytest.mark.parametrize(
     "outcome",
-    [ValueError("x"), RemoteError("x"), DeadlineExceeded("x"), ConnectError("x"), Rejected("no tag is free")],
+    [
+        ValueError("x"),
+        RemoteError("x"),
+        DeadlineExceeded("x"),
+        ConnectError("x"),
+        Rejected("no tag is free"),
+        too_many(),
+    ],
     ids=repr,
 )
 def test_other_failures_are_not_its_business(outcome):

@@ -77,7 +77,9 @@ async def listening(serve: Callable[[Any], Awaitable[None]]) -> AsyncIterator[st
 
 def client_of(target: str, *layers: Any) -> httpx.AsyncClient:
     """One that speaks HTTP/2 at once."""
-    return httpx.AsyncClient(transport=http.Transport(target, *layers, http2=True), base_url="http://users")
+    return httpx.AsyncClient(
+        transport=http.Transport(target, *layers, http1=False, http2=True), base_url="http://users"
+    )
 
 
 @contextlib.asynccontextmanager

@@ -133,6 +133,7 @@ async def weather(way: str, name: str, port: int, certificate: tuple[str, str], 
         Transport(connect_timeout=20.0),
         Liveness(30.0, 30.0),
         verify=verify,
+        http1=way != "h2",
         http2=way == "h2",
     )
     async with httpx.AsyncClient(transport=transport, timeout=40) as client:

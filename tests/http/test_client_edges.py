@@ -122,8 +122,8 @@ async def test_a_length_beside_a_transfer_coding_says_nothing():
     [((), None), ((timeout(30),), 30), ((timeout(7),), 7), ((timeout(None),), None), ((timeout(attempt=1),), None)],
 )
 def test_a_total_that_the_user_gives_is_for_bodies_too_whatever_it_is(layers, limit):
-    assert http.Transport("users:1", *layers)._body_limit == limit
-    assert http.Transport("users:1", stack=lambda stack: stack.with_layers(*layers))._body_limit == limit
+    assert http.Transport("users:1", *layers).body_limit == limit
+    assert http.Transport("users:1", stack=lambda stack: stack.with_layers(*layers)).body_limit == limit
 
 
 async def test_the_default_total_does_not_bound_a_body(monkeypatch):

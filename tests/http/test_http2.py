@@ -21,6 +21,7 @@ from meshlib.core.env import Env
 from meshlib.core.supervisor import Supervisor
 from meshlib.http import http2, streams
 from meshlib.http.core import core_of
+from meshlib.testing import run_virtual
 
 from .peers import OK, Peer, Server, answering, asked, client_of, listening, only, until
 
@@ -337,3 +338,39 @@ async def test_a_server_that_is_gone_without_a_word_is_found_out():
     async with asked(silent, Liveness(0.05, 0.05)) as (_, client):
         with pytest.raises(httpx.ReadError, match="ping"):
             await client.post("/", timeout=30)
+
+
+class Faller(Talker):
+    """A stream on which a server greets, says something a moment later, and nothing more."""
+
+    def __init__(self, last_word: float) -> None:
+        super().__init__()
+        self.said = [(0.0, self.peer.data_to_send())]
+        self.peer.ping(b"and more")
+        self.said.append((last_word, self.peer.data_to_send()))
+
+    async def read(self, most: int, timeout: float | None) -> bytes:
+        if not self.said:
+            await anyio.sleep_forever()
+        wait, data = self.said.pop(0)
+        await anyio.sleep(wait)
+        return data
+
+    async def write(self, data: bytes, timeout: float | None) -> None:
+        await anyio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("last_word", [0.1, 0.9, 4.9])
+def test_it_is_found_out_within_ten_seconds(last_word):
+    async def main() -> None:
+        supervisor = Supervisor()
+        liveness = Liveness(5.0, 4.0)
+        connection = http2.Http2Connection(core_of("httpx"), Faller(last_word), Env(supervisor=supervisor), liveness)
+        await connection.open(10.0)
+        request = httpcore.Request("GET", "http://users/", headers=[("host", "users")])
+        with pytest.raises(httpcore.ReadError, match="no answer to a ping"):
+            await connection.handle_async_request(request)
+        assert 9 <= anyio.current_time() - last_word <= 10
+        await connection.aclose()
+
+    run_virtual(main)
