@@ -5,6 +5,7 @@ request                     answer
 ==========================  ==========================================================================================
 POST /Greeter/hello         a JSON object of arguments, by name; the result as JSON
 GET /Greeter/hello?name=x   likewise, for idempotent methods whose arguments are all simple: numbers, text, dates, enums
+HEAD, likewise              its headers alone
 GET /openapi.json           the OpenAPI 3.1 document, made of the types
 ==========================  ==========================================================================================
 
@@ -31,16 +32,18 @@ import msgspec
 
 from ..core.env import Env
 from ..core.errors import InvalidArgument, MeshError
-from ..core.service import Filter, as_service
+from ..core.stack import Layer, Stack
 from ..filters.mapping import ErrorMapping
 from ..http.problem import TYPE, Answer, answer_to, problem
 from ..mux import Request, Response
+from ..server import PLACES
 from .codec import ExceptionCodec, MethodCodec
 from .formats import JSON
+from .handlers import Handlers
 from .openapi import document
 from .service import RAISED, TypedService
 
-__all__ = ["LARGEST", "RpcApp"]
+__all__ = ["ABOVE", "LARGEST", "RpcApp"]
 
 LARGEST: Final = 16 * 1024 * 1024
 """Bytes of a request's body: as many as Mux allows (`Limits.max_frame`)."""
@@ -50,8 +53,12 @@ MOST_PARAMETERS: Final = 1000
 """Of a query string."""
 MOST_ROOTS: Final = 16
 """Places that an app is mounted at, each with a document of its own."""
+ABOVE: Final = "timeout"
+"""The last place of a server's stack that is HTTP's: above it, requests are exchanges."""
 DOCUMENT: Final = "/openapi.json"
 STATUS: Final = b"meshlib.status"
+_PLACES: Final = ("errors", *(place for place in PLACES if place != "errors"))
+"""Of the app alone: whatever a layer raises there is mapped."""
 _JSON: Final = ((b"content-type", b"application/json"),)
 _SIMPLE: Final = (bool, int, float, str, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)
 
@@ -61,12 +68,16 @@ class RpcApp:
 
     Args:
         implementations: The objects with ``@rpc`` methods.
-        layers: Filters around each call: they see the `Request` with its path as ``dest``, and the `Response`.
+        layers: Layers around each call: they see the `Request` with its path as ``dest``, and the `Response`.
         title: Of the OpenAPI document; by default the services' names.
         version: Of the API, likewise.
         largest: Bytes that a request's body may have.
         patience: Seconds that it may take to arrive.
+        health: Further paths that are answered with 200, for those who ask whether somebody is there.
         label: What the server is called in logs.
+
+    Attributes:
+        handlers: The services and the layers directly around them.
 
     Raises:
         ConfigurationError: An object has no ``@rpc`` methods, or two offer the same contract.
@@ -75,20 +86,20 @@ class RpcApp:
     def __init__(
         self,
         *implementations: Any,
-        layers: Iterable[Filter[Any, Any, Any, Any]] = (),
+        layers: Iterable[Layer] = (),
         title: str = "",
         version: str = "1",
         largest: int = LARGEST,
         patience: float = PATIENCE,
-        label: str = "http",
+        health: Iterable[str] = (),
+        label: str = "",
     ) -> None:
         self._typed = _OverHttp(*implementations, form=JSON)
-        env = Env(kind="server", label=label, protocol="http")
-        service = as_service(self._typed)
-        for layer in reversed(tuple(layers)):
-            service = layer.build(env, service)
-        self._service = ErrorMapping().build(env, service)
+        self.handlers = Handlers(self._typed, ABOVE)
+        own = Stack(_PLACES, [ErrorMapping()]).with_layers(*layers)
+        self.handlers.alone(own, Env(kind="server", label=label or "http", protocol="http"))
         self._largest, self._patience = largest, patience
+        self._health = frozenset(health) - {codec.method.dest for codec in self._typed.codecs} - {DOCUMENT}
         self._by_query = frozenset(codec.method.dest for codec in self._typed.codecs if _is_simple(codec))
         self._title, self._version = title or ", ".join(self.services), version
         self._documents: dict[str, bytes] = {}
@@ -102,7 +113,7 @@ class RpcApp:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handle one ASGI connection."""
         if scope["type"] == "http":
-            await (await self._answer(scope, receive)).send(send)
+            await (await self._answer(scope, receive)).send(send, head=scope["method"] == "HEAD")
         elif scope["type"] == "lifespan":
             while (message := await receive())["type"] != "lifespan.shutdown":
                 await send({"type": f"{message['type']}.complete"})
@@ -115,15 +126,20 @@ class RpcApp:
         root: str = scope.get("root_path", "")
         path: str = scope["path"].removeprefix(root)
         method: str = scope["method"]
-        if path == DOCUMENT:
+        if path == DOCUMENT or path in self._health:
             if method not in ("GET", "HEAD"):
                 return _not_allowed("GET, HEAD")
-            return Answer(200, self._document(root), _JSON)
+            if path == DOCUMENT:
+                scope["path_template"] = _route(scope, path)
+                return Answer(200, self._document(root), _JSON)
+            return Answer(200, b"ok\n", ((b"content-type", b"text/plain"),))
         try:
             codec = self._typed.codec(path)
+            scope["path_template"] = _route(scope, path)
             if method == "POST":
-                if not _is_json(scope["headers"]):
-                    return problem(415, "send the arguments as a JSON object, with content-type: application/json")
+                refused = _unreadable(scope["headers"])
+                if refused is not None:
+                    return refused
                 body = None
                 with anyio.move_on_after(self._patience) as patience:
                     body = await self._body(scope["headers"], receive)
@@ -131,11 +147,11 @@ class RpcApp:
                     return problem(408, f"the body took more than {self._patience:g} s", ((b"connection", b"close"),))
                 if body is None:
                     return problem(413, f"the body may have {self._largest} bytes at most")
-            elif method == "GET" and path in self._by_query:
+            elif method in ("GET", "HEAD") and path in self._by_query:
                 body = codec.encode_texts(_query(scope["query_string"]))
             else:
-                return _not_allowed("GET, POST" if path in self._by_query else "POST")
-            response: Response = await self._service(Request(body or b"{}", path, (), codec.method.idempotent))
+                return _not_allowed("GET, HEAD, POST" if path in self._by_query else "POST")
+            response = await self.handlers(Request(body or b"{}", path))
         except _Gone:
             return Answer(499)  # nobody will read it
         except MeshError as error:
@@ -188,19 +204,37 @@ class _OverHttp(TypedService):
 
     def raised(self, codec: ExceptionCodec, error: Exception) -> Response:
         name = codec.kind.__name__
+        status = codec.status_of(error)
         facts = {
             "type": f"#{name}",  # beside the method's own URL
             "title": name,
-            "status": codec.status,
+            "status": status,
             "detail": str(error) or name,
             "raised": name,
             "error": msgspec.Raw(codec.encode(error)),
         }
-        return Response(JSON.encode(facts), ((RAISED, name.encode()), (STATUS, b"%d" % codec.status)))
+        return Response(JSON.encode(facts), ((RAISED, name.encode()), (STATUS, b"%d" % status)))
+
+
+def _route(scope: Any, path: str) -> str:
+    """What the request is called in metrics and spans, with the place that a framework has mounted the app at."""
+    inner, outer = scope.get("root_path", ""), scope.get("app_root_path")
+    return path if outer is None else f"{inner.removeprefix(outer)}{path}"
 
 
 def _not_allowed(allow: str) -> Answer:
     return problem(405, f"the method must be {allow.replace(', ', ' or ')}", ((b"allow", allow.encode()),))
+
+
+def _unreadable(headers: Iterable[tuple[bytes, bytes]]) -> Answer | None:
+    """What to answer to a body that is not as it must be, before it is read."""
+    headers = tuple(headers)
+    if not _is_json(headers):
+        return problem(415, "send the arguments as a JSON object, with content-type: application/json")
+    for name, value in headers:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            return problem(415, "send the arguments as they are, not compressed", ((b"accept-encoding", b"identity"),))
+    return None
 
 
 def _is_json(headers: Iterable[tuple[bytes, bytes]]) -> bool:

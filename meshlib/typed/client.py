@@ -231,6 +231,9 @@ def client(
     label = label or contract.__name__
     scheme = target.partition("://")[0] if isinstance(target, str) else ""
     chosen = protocol or _SCHEMES.get(scheme, "mux")
+    if chosen in ("http", "grpc") and "limits" in options:
+        own = "over gRPC give max_message=" if chosen == "grpc" else "over HTTP a client has none"
+        raise ConfigurationError(f"client(…, limits={options['limits']!r}): limits are Mux's; {own}")
     if chosen == "mux":
         return TypedClient(contract, mux_client(target, *layers, label=label, **options))
     if chosen == "http":
@@ -238,7 +241,7 @@ def client(
 
         return TypedClient(contract, http_client(target, *layers, label=label, **options), JSON)
     if chosen == "grpc":
-        from ..grpc.calling.rpc import rpc_client  # which needs grpclib
+        from ..grpc import rpc_client  # which needs grpclib
 
         return TypedClient(contract, rpc_client(target, *layers, label=label, **options))
     raise ConfigurationError(f"client(…, protocol={protocol!r}): expected 'mux', 'http' or 'grpc'")

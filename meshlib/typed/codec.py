@@ -36,7 +36,9 @@ def _located(error: Exception) -> tuple[str, str]:
     match = _AT.match(str(error))
     what, path = (match["what"], match["path"] or "") if match else (str(error), "")
     path = path.removeprefix("$").removeprefix(".")
-    return what[:1].lower() + what[1:], "" if path.startswith("key") else path
+    if what[1:2].islower():  # not of "JSON is malformed"
+        what = what[:1].lower() + what[1:]
+    return what, "" if path.startswith("key") else path
 
 
 class MethodCodec:
@@ -88,12 +90,21 @@ class MethodCodec:
         try:
             body = self._encode(given)
             self._arguments.decode(body)
-        except (TypeError, *_UNFIT) as error:
+        except (TypeError, OverflowError, *_UNFIT) as error:
             what, path = _located(error)
-            raise self._invalid(what, path) from error
+            raise self._invalid(what, path or self._culprit(given)) from error
         if kwargs and not kwargs.keys() <= self.method.signature.parameters.keys():
             self._misfit(args, kwargs)
         return body
+
+    def _culprit(self, given: dict[str, Any]) -> str:
+        """The argument that cannot be sent at all; what cannot be received is located already."""
+        for name, value in given.items():
+            try:
+                self._encode(value)
+            except (TypeError, OverflowError, *_UNFIT):
+                return name
+        return ""
 
     def _misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
@@ -167,17 +178,24 @@ def _default(value: Any) -> Any:
     return msgspec.field(default_factory=(lambda: copy.deepcopy(value)) if changeable else (lambda: value))
 
 
+def _status(exception: Any, otherwise: int) -> int:
+    status = getattr(exception, "status", None)
+    plain = isinstance(status, int) and not isinstance(status, bool) and 400 <= status <= 599
+    return int(status) if plain else otherwise  # type: ignore[arg-type]  # it is an int if plain
+
+
 class ExceptionCodec:
     """Between instances of one exception class and bytes.
 
     Args:
-        kind: The class. Its attribute ``status``, if it is an HTTP status of 400 to 599, is its status over HTTP.
+        kind: The class. Its attribute ``status``, if it is an HTTP status of 400 to 599, is its status over HTTP; an
+            instance may have another.
         form: The bytes.
 
     Attributes:
         kind: As given.
         fields: A dataclass's fields as a type of msgspec's; ``None`` for other classes.
-        status: Its status over HTTP.
+        status: The class's status over HTTP.
     """
 
     __slots__ = ("_decoder", "_encode", "_hints", "_plain", "fields", "kind", "status")
@@ -192,13 +210,15 @@ class ExceptionCodec:
             raise ConfigurationError(f"exception {kind.__name__}: cannot resolve its annotations: {error}") from error
         self._decoder: Any = None
         self.fields: type[msgspec.Struct] | None = None
-        status = getattr(kind, "status", None)
-        plain = isinstance(status, int) and not isinstance(status, bool) and 400 <= status <= 599
-        self.status: int = status if plain else UNPROCESSABLE  # type: ignore[assignment]  # it is an int if plain
+        self.status = _status(kind, UNPROCESSABLE)
         if dataclasses.is_dataclass(kind):
             fields = [(f.name, self._hints.get(f.name, Any)) for f in dataclasses.fields(kind) if f.init]
             self.fields = msgspec.defstruct(kind.__name__, fields, kw_only=True)
             self._decoder = form.decoder(self.fields)
+
+    def status_of(self, error: Exception) -> int:
+        """Its status over HTTP: its own, if it has one, or that of its class."""
+        return _status(error, self.status)
 
     def encode(self, error: Exception) -> bytes:
         """Its fields.

@@ -1,21 +1,20 @@
 """The OpenAPI 3.1 document of ``@rpc`` services over HTTP, made of the types in their signatures.
 
-msgspec describes types as JSON Schema 2020-12, which is what OpenAPI 3.1 has; all types at once, so that two of one
-name are told apart. What it cannot describe (an argument of a class that JSON has no form for, say) is described as
-anything at all, rather than costing the rest of the document.
+Types are described by ``schemas.py``; what may be said of them with HTTP's own words, where they stand and what comes
+back, is said here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from .codec import ExceptionCodec, MethodCodec
+from .schemas import REF, Schema, Schemas
 
 __all__ = ["PROBLEM", "document"]
 
@@ -33,11 +32,8 @@ PROBLEM: Final[dict[str, Any]] = {
     },
     "required": ["title", "status"],
 }
-_REF: Final = "#/components/schemas/{name}"
 _PROBLEM: Final = "MeshlibProblem"
 """A name that is no user's."""
-
-Schema = dict[str, Any]
 
 
 def document(
@@ -60,15 +56,11 @@ def document(
         whole["servers"] = [{"url": root}]
     whole["paths"] = dict(sorted(paths.items()))
     whole["components"] = {"schemas": dict(sorted(schemas.items()))}
-    return msgspec.json.format(msgspec.json.encode(_finite(whole)))
+    return msgspec.json.format(msgspec.json.encode(whole))
 
 
-class _Described:
-    """The schemas of all types that the methods name.
-
-    Attributes:
-        components: Those that have names.
-    """
+class _Described(Schemas):
+    """The schemas of all types that the methods name."""
 
     def __init__(self, codecs: Iterable[MethodCodec]) -> None:
         kinds: list[Any] = []
@@ -76,28 +68,11 @@ class _Described:
             kinds += [codec.arguments, codec.method.hints.get("return", Any)]
             kinds += [field.type for field in msgspec.structs.fields(codec.arguments)]
             kinds += [each.fields for each in codec.exceptions.values() if each.fields is not None]
-        kinds = [kind for kind in kinds if _has_schema(kind)]
-        self.components: dict[str, Schema] = {}
-        self._schemas: dict[int, Schema] = {}
-        self._kinds = kinds  # kept, since they are known by their identity: not every type is hashable
-        try:
-            schemas, self.components = msgspec.json.schema_components(kinds, ref_template=_REF)
-        except KeyError:  # two of one name and module: each has its own copy of what it refers to
-            schemas = ()
-            for number, kind in enumerate(kinds):
-                template = _REF.format(name=f"{number}_{{name}}")
-                (schema,), more = msgspec.json.schema_components([kind], ref_template=template)
-                schemas = (*schemas, schema)
-                self.components |= {f"{number}_{name}": each for name, each in more.items()}
-        for kind, schema in zip(kinds, schemas, strict=True):
-            self._schemas[id(kind)] = schema
-
-    def __call__(self, kind: Any) -> Schema:
-        return self._schemas.get(id(kind), {})
+        super().__init__(kinds, reserved=[_PROBLEM])
 
     def arguments(self, codec: MethodCodec) -> Schema:
         """Of an object with all arguments, as far as they can be described."""
-        if id(codec.arguments) in self._schemas:
+        if codec.arguments in self:
             return self(codec.arguments)
         fields = msgspec.structs.fields(codec.arguments)
         return {
@@ -105,14 +80,6 @@ class _Described:
             "properties": {field.encode_name: self(field.type) for field in fields},
             "required": [field.encode_name for field in fields if field.required],
         }
-
-
-def _has_schema(kind: Any) -> bool:
-    try:
-        msgspec.json.schema_components([kind], ref_template=_REF)
-    except (TypeError, ValueError, KeyError):
-        return False
-    return True
 
 
 def _path(codec: MethodCodec, described: _Described, by_query: bool) -> Schema:
@@ -139,7 +106,9 @@ def _parameter(field: Any, described: _Described) -> Schema:
         default = field.default_factory()
     if default is not msgspec.NODEFAULT and default is not None:
         with contextlib.suppress(TypeError):  # a mark of the handler's own, for "not given"
-            schema["default"] = msgspec.to_builtins(default)
+            told = msgspec.to_builtins(default)
+            if described.fits(schema, told):
+                schema["default"] = told
     return {"name": field.encode_name, "in": "query", "required": field.required, "schema": schema}
 
 
@@ -158,7 +127,7 @@ def _responses(codec: MethodCodec, described: _Described) -> Schema:
             "description": " or ".join(names[status]),
             "content": {"application/problem+json": {"schema": schema}},
         }
-    problem = {"schema": {"$ref": _REF.format(name=_PROBLEM)}}
+    problem = {"schema": {"$ref": REF.format(name=_PROBLEM)}}
     responses["default"] = {"description": "It failed.", "content": {"application/problem+json": problem}}
     return responses
 
@@ -167,18 +136,4 @@ def _exception(name: str, exception: ExceptionCodec, described: _Described) -> S
     extra: Schema = {"raised": {"const": name}}
     if exception.fields is not None:
         extra["error"] = described(exception.fields)
-    return {"allOf": [{"$ref": _REF.format(name=_PROBLEM)}, {"type": "object", "properties": extra}]}
-
-
-def _finite(value: Any) -> Any:
-    """Without the defaults that JSON has no numbers for."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items() if not (k == "default" and _has_infinity(v))}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _has_infinity(value: Any) -> bool:
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return any(map(_has_infinity, parts))
+    return {"allOf": [{"$ref": REF.format(name=_PROBLEM)}, {"type": "object", "properties": extra}]}

@@ -32,12 +32,12 @@ from ..core.errors import (
 )
 from ..core.service import Filter, Service
 from ..core.stack import Stack
-from ..http.connection import HttpConnector
+from ..http.connector import HttpConnector
 from ..http.core import Core, core_of
-from ..http.pool import Connections
+from ..http.policy import Connections
 from ..http.status import StatusError
 from ..mux import Request, Response
-from ..names.target import Target
+from ..names.target import Target, redacted
 from .service import RAISED
 
 __all__ = ["http_client"]
@@ -176,12 +176,12 @@ def http_client(
     """A client whose calls are POSTs.
 
     Args:
-        target: Where to.
+        target: Where to; after ``http://host:port``, the path may stand below which the services are mounted.
         layers: Each replaces the default at its place; plain filters are added.
         label: What the client is called in metrics, spans and errors.
         ssl: ``True``, or an ``ssl.SSLContext``, for HTTPS.
         server_name: What the certificate must be for, and the ``Host`` header; by default the target's host, where it
-            has one.
+            has one, and else ``rpc``.
         http2: Offer HTTP/2 in TLS, and speak it at once without.
         propagate: Send deadline, trace, Dtab and the rest along.
         module: ``httpx`` or ``httpx2``; by default the one that is installed.
@@ -195,13 +195,12 @@ def http_client(
     secure = bool(ssl) or target.startswith("https://")
     context: tls.SSLContext | None = None
     if secure:
-        made: tls.SSLContext = ssl if isinstance(ssl, tls.SSLContext) else core.httpx.create_ssl_context()
-        made.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
-        context = made
+        context = ssl if isinstance(ssl, tls.SSLContext) else core.httpx.create_ssl_context()
+    target, base = _based(target)
     name = server_name or _host(Target.parse(target))
     scheme = "https" if secure else "http"
-    connector = HttpConnector(core, scheme, name, context, http2=http2, propagate=propagate)
-    posts = Posts(core, f"{scheme}://{name or label.lower() or 'rpc'}")
+    connector = HttpConnector(core, scheme, name, context, http1=secure or not http2, http2=http2, propagate=propagate)
+    posts = Posts(core, f"{scheme}://{name or 'rpc'}{base}")
 
     def arranged(given: Stack) -> Stack:
         given = given.insert_before("pool", posts)
@@ -219,6 +218,22 @@ def _installed() -> Core:
         raise
 
 
+def _based(target: str) -> tuple[str, str]:
+    """A target, and the path that it has after the hosts, if it is a URL."""
+    scheme, slashes, rest = target.strip().partition("://")
+    if not slashes or scheme not in ("http", "https"):
+        return target, ""
+    hosts, _, path = rest.partition("/")
+    if "?" in path or "#" in path:
+        raise ConfigurationError(f"target {redacted(target)!r}: a query or fragment means nothing here")
+    if _ALONE.fullmatch(hosts):
+        port = 443 if scheme == "https" else 80
+        raise ConfigurationError(f"target {redacted(target)!r}: say the port too: {scheme}://{hosts}:{port}")
+    return f"{scheme}://{hosts}", f"/{path}".rstrip("/")
+
+
+_ALONE: Final = re.compile(r"[a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\]")
+"""A host without a port."""
 _HOST: Final = re.compile(r"(?:[^@/]*@)?([a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::\d+)?/?")
 
 

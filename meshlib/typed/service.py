@@ -86,6 +86,11 @@ class TypedService:
             raise self._unknown(dest)
         return found[1]
 
+    def idempotent(self, dest: str) -> bool:
+        """Does the contract say that the method with that path may be called twice? No, where there is none."""
+        found = self._methods.get(dest)
+        return found is not None and found[1].method.idempotent
+
     @property
     def codecs(self) -> Iterable[MethodCodec]:
         """Those of all methods."""

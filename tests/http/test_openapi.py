@@ -196,3 +196,103 @@ async def test_a_body_that_does_not_come_is_not_waited_for():
         await app(scope, receive, send)
     assert sent[0]["status"] == 408
     assert (b"connection", b"close") in sent[0]["headers"]
+
+
+@dataclasses.dataclass
+class SoldOut(Exception):
+    item: ITEM_A
+    status = 409
+
+
+SoldOut.__annotations__["item"] = ITEM_A
+
+
+class Base:
+    @rpc(raises=[SoldOut])
+    async def buy(self, item: ITEM_A) -> ITEM_A: ...
+
+
+class Derived(Base):
+    @rpc(raises=[SoldOut])
+    async def reserve(self, item: ITEM_A) -> None: ...
+
+
+class Other:
+    @rpc(raises=[SoldOut])
+    async def weigh(self, item: ITEM_B, trees: list[Tree]) -> Tree: ...
+
+
+for method, kind in ((Base.buy, ITEM_A), (Derived.reserve, ITEM_A), (Other.weigh, ITEM_B)):
+    method.__annotations__["item"] = kind
+Base.buy.__annotations__["return"] = ITEM_A
+
+
+async def test_an_exception_that_several_methods_declare_is_one_component():
+    found = await document(Derived())
+    names = set(found["components"]["schemas"])
+    assert names == {"Item", "SoldOut", "Base_buy", "Derived_buy", "Derived_reserve", "MeshlibProblem"}
+
+
+async def test_only_names_that_clash_are_numbered():
+    found = await document(Derived(), Other())
+    schemas = found["components"]["schemas"]
+    assert {name for name in schemas if name[-1].isdigit()} == {"Item_2"}
+    assert set(schemas["Item"]["properties"]) == {"sku"}
+    assert set(schemas["Item_2"]["properties"]) == {"weight"}
+    assert schemas["Other_weigh"]["properties"]["item"] == {"$ref": "#/components/schemas/Item_2"}
+    assert schemas["SoldOut"]["properties"]["item"] == {"$ref": "#/components/schemas/Item"}
+    assert schemas["Tree"]["properties"]["leaves"]["items"] == {"$ref": "#/components/schemas/Tree"}
+
+
+class Cat(msgspec.Struct, tag="cat"):
+    lives: Annotated[int, msgspec.Meta(ge=1)] = 0
+
+
+class Dog(msgspec.Struct, tag="dog"):
+    name: str | None = None
+    default: float = math.nan
+
+
+class Lax(msgspec.Struct):
+    count: int = None  # type: ignore[assignment]
+    parts: tuple[int, ...] = (1, None)  # type: ignore[assignment]
+    good: tuple[int, ...] = (1, 2)
+    most: Annotated[tuple[int, ...], msgspec.Meta(max_length=1)] = (1, 2)
+
+
+class Careless:
+    @rpc(idempotent=True)
+    async def implicit(
+        self,
+        x: int = None,  # type: ignore[assignment]  # noqa: RUF013
+        y: str = 5,  # type: ignore[assignment]
+        z: int | None = None,
+        few: Annotated[int, msgspec.Meta(ge=1)] = 0,
+        short: Annotated[str, msgspec.Meta(max_length=2, pattern="^x")] = "xy",
+        long: Annotated[str, msgspec.Meta(max_length=2)] = "xyz",
+        colour: Colour = "green",  # type: ignore[assignment]
+        kind: Literal["a", 1] = "b",  # type: ignore[assignment]
+    ) -> list[Any]:
+        return [x, y]
+
+    @rpc
+    async def inside(self, pet: Cat | Dog, lax: Lax, pair: Pair = Pair("x")) -> Lax: ...  # type: ignore[arg-type]  # noqa: B008
+
+
+async def test_a_default_that_its_own_type_refuses_is_not_described():
+    found = await document(Careless())
+    schemas = found["components"]["schemas"]
+
+    def defaults(properties: dict[str, Any]) -> dict[str, Any]:
+        return {name: each["default"] for name, each in properties.items() if "default" in each}
+
+    told = {"z": None, "short": "xy"}
+    assert defaults(schemas["Careless_implicit"]["properties"]) == told
+    parameters = {each["name"]: each["schema"] for each in found["paths"]["/Careless/implicit"]["get"]["parameters"]}
+    assert defaults(parameters) == {"short": "xy"}
+    assert "required" not in schemas["Careless_implicit"] or not schemas["Careless_implicit"]["required"]
+    assert defaults(schemas["Lax"]["properties"]) == {"good": [1, 2]}
+    assert defaults(schemas["Cat"]["properties"]) == {}
+    assert defaults(schemas["Dog"]["properties"]) == {"name": None}
+    assert "default" in schemas["Dog"]["properties"]
+    assert (await asked(meshlib.asgi(Careless()), "GET", "/Careless/implicit")).json() == [None, 5]

@@ -270,7 +270,21 @@ def test_a_stranger_may_not_say_where_our_calls_go() -> None:
     rule = (("/s/users", "/s/evil"),)
     assert read(dtab=rule).dtab == rule
     assert read(dtab=rule, trust=False).dtab == ()
-    assert read((CLIENT_ID, b"x"), dtab=rule, trust=False).client_id == "x"
+
+
+def test_a_stranger_is_believed_in_nothing_but_the_deadline_and_the_trace() -> None:
+    said = (
+        (CLIENT_ID, b"billing"),
+        (RETRIES, b"\0\0\0\1"),
+        (b"baggage", b"tenant=root"),
+        (b"com.example.opaque", b"x"),
+        (DEADLINE, struct.pack(">qq", 10**9, 2 * 10**9)),
+        w3c(5, 7),
+    )
+    believed, stranger = read(*said), read(*said, trust=False)
+    assert (believed.client_id, believed.attempt, believed.baggage) == ("billing", 1, "tenant=root")
+    assert stranger == Context(deadline=stranger.deadline, trace=believed.trace, waited=stranger.waited)
+    assert stranger.deadline is not None
 
 
 NONSENSE = {

@@ -18,7 +18,8 @@ from meshlib.core.errors import (
     UnknownMethod,
     UnknownService,
 )
-from meshlib.mux.failure import LONGEST_WAIT, from_wire, read_retry_after, to_wire
+from meshlib.core.pushback import LONGEST_WAIT
+from meshlib.mux.failure import from_wire, read_retry_after, to_wire
 from meshlib.mux.messages import ReplyStatus
 
 from .strategies import pairs
