@@ -6,6 +6,9 @@ client that leaves, cancels the app. What the stack refuses is answered here, as
 on to the server as it would have without us, since the framework's own handlers and logs are made for it. What the app
 does after its response concerns no layer and no caller any more; only to drain is to wait for it.
 
+Inside another `Middleware`, one that has been given nothing does nothing: it was most likely added twice. One with
+layers, or that does not trust, does what it was told inside the other's work, under the other's context.
+
 Requests for health are passed on untouched: a server that is full must still be able to say that it is alive.
 On SIGTERM the app drains; see ``drain.py``.
 """
@@ -21,7 +24,7 @@ import anyio.lowlevel
 
 from ..core.classify import ResponseClass, classify
 from ..core.clock import Clock
-from ..core.context import SCOPE, VAR
+from ..core.context import SCOPE, VAR, Context
 from ..core.deadlines import passed
 from ..core.env import Env
 from ..core.errors import ConfigurationError, DeadlineExceeded, MeshError, Rejected
@@ -36,9 +39,9 @@ from ..telemetry.metrics import Registry
 from ..telemetry.stats import Stats
 from .completion import Early
 from .drain import LINGER, SignalWatch
-from .exchange import Exchange
+from .exchange import NOTICE, Exchange
 from .headers import HeaderReader
-from .problem import answer_to, problem
+from .problem import Answer, answer_to, problem
 from .routes import RouteStats, route_of
 
 __all__ = ["HEALTH", "READY", "Middleware"]
@@ -53,6 +56,10 @@ MOST_HEADERS: Final = 65_536
 """Bytes of all headers: h11's limit for one request's head. Servers that have none of their own are given this one."""
 PATIENCE: Final = 0.1
 """Seconds after which somebody looks whether a request's client is still there. Quicker ones are spared the task."""
+LAST_WORDS: Final = 2.0
+"""Seconds for the answers to requests that were cut off, where the process ends after them."""
+LEFT: Final = Answer(499)
+"""For a client that has left. No server sends it, but what stands around us may be lost without an answer."""
 MARK: Final = "meshlib"
 DISCONNECT: Final = "ClientDisconnect"
 """What Starlette raises where an app reads a body whose client has left. By its name: not every app is Starlette's."""
@@ -66,7 +73,8 @@ class Middleware:
         layers: Each replaces the default at its place; plain filters are added above the app, and see an `Exchange`
             (``method``, ``path``, ``scope``; ``status`` once it is answered) both as request and as reply.
         label: What the server is called in metrics, spans and logs.
-        trust_context: ``False`` drops inbound Dtabs and priorities: for servers that face strangers.
+        trust_context: ``False`` for servers that face strangers: of what a caller sends along, only the deadline and
+            the trace are kept; see `meshlib.core.context.Context.distrusted`.
         health: Paths that no limit applies to; neither are they counted.
         ready: Those of them that say whether new requests are welcome: 503 while the app drains.
         route: What a request's route is, given its scope after the app has had it; for frameworks that do not say.
@@ -78,6 +86,8 @@ class Middleware:
 
     Attributes:
         draining: New requests are not welcome.
+
+    A request that passes it finds it as ``scope["meshlib"]``, for `metrics`.
 
     Raises:
         ConfigurationError: A layer or an option makes no sense.
@@ -124,6 +134,8 @@ class Middleware:
             supervisor=Supervisor(f"server {label!r}"),
             classifier=_judge,
         )
+        self._told_nothing = not layers and trust_context and stack is None and health == HEALTH and ready == READY
+        self._trust = trust_context
         self._ready = frozenset(ready)
         self._health = frozenset(health) | self._ready
         self._linger, self._grace = linger, grace
@@ -139,50 +151,63 @@ class Middleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handle one ASGI connection."""
-        kind = scope["type"]
-        if MARK in scope or (kind != "http" and kind != "lifespan"):  # mounted twice; or a WebSocket
-            await self._pass(scope, receive, send)
-        elif kind == "lifespan":
-            await self._live(scope, receive, send)
-        elif scope["path"] in self._health:
-            if self.draining and scope["path"] in self._ready:
+        kind, outer = scope["type"], scope.get(MARK)
+        if outer is not None and (self._told_nothing or outer is self):
+            await self.app(scope, receive, send)
+        elif kind == "http":
+            path = scope["path"]
+            if path not in self._health:
+                root = scope.get("root_path")
+                if root and path.startswith(root):  # as the app knows it
+                    path = path[len(root) :]
+            if path not in self._health:
+                await self._handle(scope, receive, send, outer)
+            elif path in self._ready and (self.draining or (outer is not None and outer.draining)):
                 await problem(503, "the server is draining").send(send)
             else:
                 await self.app(scope, receive, send)
+        elif kind == "lifespan":
+            await self._live(scope, receive, send, outer)
+        elif kind == "websocket":
+            await self._connect(scope, receive, send, outer)
         else:
-            await self._handle(scope, receive, send)
-
-    async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
-        if MARK in scope or scope["type"] != "websocket":
             await self.app(scope, receive, send)
-            return
-        # Its messages are the app's own; what it calls inherits the context all the same.
-        token = VAR.set(self._reader.read(scope["headers"]).evolve(deadline=None))
+
+    async def _connect(self, scope: Any, receive: Any, send: Any, outer: Any) -> None:
+        # A WebSocket's messages are the app's own; what it calls inherits the context all the same.
+        token = VAR.set(self._context(scope["headers"], outer).evolve(deadline=None))
         try:
             await self.app(scope, receive, send)
         finally:
             VAR.reset(token)
 
+    def _context(self, headers: Any, outer: Any) -> Context:
+        if outer is None:
+            return self._reader.read(headers)
+        context = VAR.get()
+        return context if self._trust else context.distrusted()
+
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    async def _handle(self, scope: Any, receive: Any, send: Any) -> None:
-        if self._linger is not None and not self._signals.watching and not self.draining:
-            self._signals.start()  # servers without lifespan say nothing before the first request
-        scope[MARK] = self
+    async def _handle(self, scope: Any, receive: Any, send: Any, outer: Any) -> None:
+        if outer is None:
+            if self._linger is not None and not self._signals.watching and not self.draining:
+                self._signals.start()  # servers without lifespan say nothing before the first request
+            scope[MARK] = self
         headers = scope["headers"]
         if sum(map(_size, headers)) > MOST_HEADERS:
             await problem(431, f"headers of more than {MOST_HEADERS} bytes").send(send)
             return
-        context = self._reader.read(headers)
+        context = self._context(headers, outer)
         cancel = anyio.CancelScope()
-        exchange = Exchange(scope, receive, send, self._clock.now(), cancel)
+        exchange = Exchange(scope, receive, send, self.env, cancel)
         if self.draining:
             exchange.close_after()
         self._exchanges.add(exchange)
         if self._looking is None:
             self._looking = self.env.supervisor.start(self._look, name="clients that leave")
         in_context, in_scope = VAR.set(context), SCOPE.set(cancel)
-        error: MeshError
+        answer = LEFT
         try:
             with cancel:
                 await self._service(exchange)
@@ -191,43 +216,62 @@ class Middleware:
                 return
             if exchange.gone:
                 self._disconnects.value += 1
-                return
-            if passed(context.deadline, self._clock):
-                error = DeadlineExceeded("the deadline passed while the request was handled", processed=True)
             else:
-                error = Rejected("the server is closing, and the request was still under way")
-                error.processed = None
-        except MeshError as failure:
-            if exchange.started or not self._is_ours(failure, context.deadline):
+                answer = answer_to(self._cut_off(context.deadline))
+        except MeshError as error:
+            if exchange.started or not self._is_ours(error, context.deadline):
                 raise
-            error = failure
+            answer = answer_to(error)
         finally:
             VAR.reset(in_context)
             SCOPE.reset(in_scope)
             self._exchanges.discard(exchange)
             if self._empty is not None and not self._exchanges:
                 self._empty.set()
+            exchange.end()
             if exchange.watcher is not None:
                 exchange.watcher.cancel()
         if not exchange.started:
             # A response that has begun cannot be taken back: the server sees it end too early, and cuts the connection.
-            await answer_to(error).send(exchange.send)
+            await exchange.conclude(answer)
 
     async def _call(self, exchange: Exchange) -> Exchange:
-        exchange.deadline = VAR.get().deadline
+        exchange.deadline = deadline = VAR.get().deadline
         try:
             await self.app(exchange.scope, exchange.receive, exchange.send)
         except Exception as error:
+            if isinstance(error, MeshError) and self._is_ours(error, deadline):
+                exchange.forget()
+            else:
+                await exchange.release()
             # A body that breaks off is the client's doing, and no crash of ours.
             if not (exchange.gone and type(error).__name__ == DISCONNECT):
                 raise
-            exchange.cancel.cancel()
-            await anyio.lowlevel.checkpoint()
         except BaseException:
             if exchange.lifted:  # so it was not the deadline, though it may have passed; nobody is to think so
                 VAR.set(VAR.get().evolve(deadline=None))
             raise
+        if not exchange.complete:
+            await self._see_why(exchange)
         return exchange
+
+    async def _see_why(self, exchange: Exchange) -> None:
+        """The app has returned, and has not answered, or not to the end."""
+        await exchange.release()
+        if exchange.complete:
+            return
+        if exchange.late:
+            raise self._cut_off(exchange.deadline)
+        if exchange.gone or exchange.dismissed or exchange.cancel.cancel_called:
+            exchange.cancel.cancel()
+            await anyio.lowlevel.checkpoint()
+
+    def _cut_off(self, deadline: float | None) -> MeshError:
+        if passed(deadline, self._clock):
+            return DeadlineExceeded("the deadline passed while the request was handled", processed=True)
+        error = Rejected("the server is closing, and the request was still under way")
+        error.processed = None
+        return error
 
     def _is_ours(self, error: MeshError, deadline: float | None) -> bool:
         return is_meant(error) or (isinstance(error, DeadlineExceeded) and passed(deadline, self._clock))
@@ -246,11 +290,12 @@ class Middleware:
 
     # --- the life of the app ------------------------------------------------------------------------------------------
 
-    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
-        scope[MARK] = self
+    async def _live(self, scope: Any, receive: Any, send: Any, outer: Any) -> None:
+        scope.setdefault(MARK, self)
+        self.draining = False  # it may have served before
 
         async def sent(message: Any) -> None:
-            if message["type"] == "lifespan.startup.complete" and self._linger is not None:
+            if message["type"] == "lifespan.startup.complete" and self._linger is not None and outer is None:
                 self._signals.start()
             if message["type"].startswith("lifespan.shutdown."):
                 await self._end_life()  # before it is told: hypercorn cancels whoever goes on after it
@@ -278,12 +323,21 @@ class Middleware:
         Args:
             grace: Seconds, if not those of the middleware.
         """
-        with anyio.move_on_after(self._grace if grace is None else grace):
+        try:
+            await self._until_idle(self._grace if grace is None else grace)
+            listening = [exchange for exchange in self._exchanges if exchange.dismiss()]
+            if listening:
+                await anyio.sleep(NOTICE)
+        finally:
+            for exchange in tuple(self._exchanges):
+                exchange.cancel.cancel()
+
+    async def _until_idle(self, seconds: float) -> None:
+        with anyio.move_on_after(seconds):
             while self._exchanges:
-                self._empty = anyio.Event()
+                if self._empty is None or self._empty.is_set():
+                    self._empty = anyio.Event()
                 await self._empty.wait()
-        for exchange in tuple(self._exchanges):
-            exchange.cancel.cancel()
 
     def _terminated(self) -> None:
         self.drain()
@@ -291,6 +345,9 @@ class Middleware:
 
     async def _end(self) -> None:
         await anyio.sleep(self._linger or 0.0)
+        if self._signals.alone:  # to pass it on is to end the process, with all that is under way
+            await self.wait_idle()
+            await self._until_idle(LAST_WORDS)
         self._signals.pass_on()
         await self.wait_idle()
 
@@ -313,4 +370,4 @@ def _size(header: tuple[bytes, bytes]) -> int:
 
 
 def _judge(request: Any, reply: Any, error: BaseException | None) -> ResponseClass:
-    return ResponseClass.FAILURE if getattr(reply, "status", 0) >= 500 else classify(request, reply, error)
+    return ResponseClass.FAILURE if getattr(reply, "failed", False) else classify(request, reply, error)

@@ -63,9 +63,9 @@ def engine_for(app: App, sockets: list[socket.socket], ssl: tls.SSLContext | Non
         name, why = (
             ("hypercorn", "HTTP/2 or another event loop than asyncio") if on_trio or http2 else ("uvicorn", "http://")
         )
-        package = "hypercorn[trio]" if on_trio else name
+        extra = "hypercorn" if name == "hypercorn" else "http-server"
         raise ConfigurationError(
-            f"serving {why} needs {name}, which is not installed: pip install {package}"
+            f"serving {why} needs {name}, which is not installed: pip install 'meshlib-rpc[{extra}]'"
         ) from error
 
 

@@ -5,6 +5,7 @@ error                    status  headers
 =======================  ======  ================================================================================
 `Rejected`               503     Retry-After, and ``finagle-http-nack``: nothing was done, so it may go elsewhere
 … that must not be       503     … ``finagle-http-nonretryable-nack`` instead
+… never again            503     likewise, without Retry-After: ``retry_after`` is negative
 … by a rate limit        429     Retry-After
 `DeadlineExceeded`       504
 `InvalidArgument`        400     (``path`` says which, and ``kind`` that it is this)
@@ -34,6 +35,7 @@ from ..core.errors import (
     UnknownMethod,
     UnknownService,
 )
+from ..core.pushback import NEVER, pushback
 from .status import FINAL_NACK, NACK
 
 __all__ = ["TYPE", "Answer", "answer_to", "problem"]
@@ -57,11 +59,11 @@ class Answer:
     body: bytes = b""
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
-    async def send(self, send: Any) -> None:
-        """Send it as ASGI has it."""
+    async def send(self, send: Any, *, head: bool = False) -> None:
+        """Send it as ASGI has it; without its body, though with the body's length, if ``head``."""
         headers = [*self.headers, (b"content-length", b"%d" % len(self.body))]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body})
+        await send({"type": "http.response.body", "body": b"" if head else self.body})
 
 
 def problem(
@@ -82,12 +84,13 @@ def problem(
 def answer_to(error: MeshError) -> Answer:
     """What a server says when it has come to ``error``."""
     if isinstance(error, Rejected):
-        wait = b"%d" % max(PAUSE, math.ceil(error.retry_after or 0))
+        asked = pushback(error)
+        never = asked == NEVER
+        headers = [] if never else [(b"retry-after", b"%d" % max(PAUSE, math.ceil(asked or 0)))]
         if error.over_rate:
-            return problem(429, error.message, ((b"retry-after", wait),))
-        headers = [(b"retry-after", wait)]
-        if error.processed is False:
-            headers.append((NACK if error.retryable else FINAL_NACK, b"true"))
+            return problem(429, error.message, tuple(headers))
+        if error.processed is False or never:
+            headers.append((FINAL_NACK if never or not error.retryable else NACK, b"true"))
         return problem(503, error.message, tuple(headers))
     if isinstance(error, DeadlineExceeded):
         return problem(504, error.message)

@@ -27,6 +27,8 @@ from .listening import bind
 
 __all__ = ["HttpServer", "serve"]
 
+OPTIONS: Final = frozenset(("trust_context", "health", "ready", "route", "stack", "clock", "seed"))
+"""Of `Middleware`. Its times are the server's: ``linger`` and ``grace``."""
 LAST_WORDS: Final = 2.0
 """Seconds after the grace period in which requests that were cut off are answered, and the app's lifespan ends."""
 
@@ -48,7 +50,9 @@ class HttpServer(BaseServer):
         linger: float = LINGER,
         **options: Any,
     ) -> None:
-        super().__init__(address, middleware.env, middleware.stack, **options)
+        # The middleware's own tasks end with the app's life, after which another server may begin it anew.
+        env = middleware.env.evolve(name=address, supervisor=Supervisor(f"server {middleware.env.label!r}"))
+        super().__init__(address, env, middleware.stack, **options)
         self.middleware = middleware
         self._ssl, self._http2, self._linger = ssl, http2, linger
         self._engine: Engine | None = None
@@ -141,6 +145,7 @@ class HttpServer(BaseServer):
             await self._running.wait()
             await self._lifespan.end()
         await self._serving.aclose()
+        await self.middleware.env.supervisor.stop()
 
     @property
     def _busy(self) -> str:
@@ -155,6 +160,7 @@ def serve(
     http2: bool = False,
     label: str = "",
     grace: float | None = None,
+    linger: float = LINGER,
     announce: Any = (),
     advertise: str = "",
     **options: Any,
@@ -169,6 +175,8 @@ def serve(
         http2: Offer HTTP/2, by hypercorn.
         label: What the server is called in metrics, spans and logs; by default its address.
         grace: Seconds that closing waits for requests under way.
+        linger: Seconds for which closing answers with ``Connection: close`` before the listener closes, while there are
+            connections.
         announce: Where to announce the address; see `meshlib.serving.BaseServer`.
         advertise: The address to announce, if it is another.
         options: Of `Middleware`: ``trust_context``, ``health``, ``ready``, ``route``, ``stack``, ``clock``, ``seed``.
@@ -182,6 +190,11 @@ def serve(
     if (scheme == "https") != (ssl is not None) and scheme != "unix":
         wanted = "ssl= is given, so say https://" if ssl is not None else "https:// needs ssl=, with a certificate"
         raise ConfigurationError(f"http.serve(…, {address!r}): {wanted}")
+    if not (isinstance(linger, int | float) and linger >= 0):
+        raise ConfigurationError(f"http.serve(linger={linger!r}): give seconds, 0 or more")
+    unknown = sorted(options.keys() - OPTIONS)
+    if unknown:
+        raise ConfigurationError(f"http.serve(…, {unknown[0]}=…): an ASGI app takes {', '.join(sorted(OPTIONS))}")
     if isinstance(app, Middleware):
         if layers or options:
             raise ConfigurationError("http.serve(Middleware(…), …): give layers and options to the Middleware")
@@ -190,4 +203,6 @@ def serve(
         middleware = Middleware(app, *layers, label=label or address, linger=None, **options)
     where = address if scheme == "unix" or not slashes else rest.rstrip("/")
     more = {} if grace is None else {"grace": grace}
-    return HttpServer(middleware, where, ssl=ssl, http2=http2, announce=announce, advertise=advertise, **more)
+    return HttpServer(
+        middleware, where, ssl=ssl, http2=http2, linger=linger, announce=announce, advertise=advertise, **more
+    )

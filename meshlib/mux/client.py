@@ -9,7 +9,7 @@ from anyio.abc import ByteStream
 
 from ..client import Client, Liveness, Transport
 from ..core.env import Env
-from ..core.errors import ConnectError
+from ..core.errors import ConfigurationError, ConnectError
 from ..names.addr import Address
 from .client_session import ClientSession
 from .codec import DEFAULT_LIMITS, Limits, MuxError
@@ -107,4 +107,6 @@ def client(
     Raises:
         ConfigurationError: The target or a layer makes no sense.
     """
+    if not isinstance(limits, Limits):
+        raise ConfigurationError(f"mux.client(limits={limits!r}): give meshlib.mux.Limits(…)")
     return Client(target, MuxConnector(limits), *layers, label=label, **options)

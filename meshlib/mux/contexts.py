@@ -119,8 +119,7 @@ class ContextReader:
 
     Args:
         clock: What a remaining time is added to.
-        trust: May the caller say where our own calls go, and how much its own matter? Without it an inbound Dtab or
-            priority is dropped.
+        trust: Is the caller believed? Without it, all is dropped that `meshlib.core.context.Context.distrusted` drops.
         undecodable: Counts known contexts that could not be decoded, and were ignored.
 
     Attributes:
@@ -169,16 +168,15 @@ class ContextReader:
                 elif key == BAGGAGE:
                     baggage = value.decode()
                 elif key == PRIORITY:
-                    if self._trust:
-                        priority = _PRIORITIES.get(value, Priority.DEFAULT)
+                    priority = _PRIORITIES.get(value, Priority.DEFAULT)
                 else:
                     opaque.append(pair)
             except (struct.error, ValueError):
                 self._undecodable.value += 1
-        return Context(
+        context = Context(
             deadline,
             _merge(finagle, w3c, state),
-            dtab if self._trust else (),
+            dtab,
             attempt,
             client_id,
             baggage,
@@ -186,6 +184,7 @@ class ContextReader:
             priority=priority,
             waited=waited,
         )
+        return context if self._trust else context.distrusted()
 
 
 def _merge(finagle: TraceId | None, w3c: TraceId | None, state: str) -> TraceId | None:

@@ -22,6 +22,7 @@ from ..core.errors import (
     UnknownMethod,
     UnknownService,
 )
+from ..core.pushback import LONGEST_WAIT, NEVER, pushback
 from .messages import Contexts, MuxFailure, ReplyStatus
 
 __all__ = ["from_wire", "to_wire"]
@@ -32,8 +33,6 @@ FLAGS: Final = b"MuxFailure"
 KIND: Final = b"meshlib.error"
 RETRY_AFTER: Final = b"meshlib.RetryAfter"
 """Milliseconds, in ASCII digits; -1 for "not again at all"."""
-LONGEST_WAIT: Final = 3600.0
-"""Seconds for which a server may ask to be left alone. One that asks for more gets as much."""
 
 
 class _Kind(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,12 +68,10 @@ def to_wire(error: MeshError) -> tuple[ReplyStatus, Contexts, bytes]:
 
 
 def _pushback(error: MeshError) -> list[tuple[bytes, bytes]]:
-    seconds = error.retry_after
-    if seconds is None or seconds != seconds:
+    seconds = pushback(error)
+    if seconds is None:
         return []
-    if seconds < 0:
-        return [(RETRY_AFTER, b"-1")]
-    return [(RETRY_AFTER, b"%d" % math.ceil(min(seconds, LONGEST_WAIT) * 1e3))]
+    return [(RETRY_AFTER, b"-1" if seconds == NEVER else b"%d" % math.ceil(seconds * 1e3))]
 
 
 def read_retry_after(value: bytes) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from anyio.abc import ByteStream
 
 from ..core.env import Env
+from ..core.errors import ConfigurationError
 from ..core.service import Service
 from ..server import Server
 from ..serving import GRACE
@@ -68,11 +69,13 @@ def serve(
         label: What the server is called in metrics, spans and logs.
         grace: Seconds that closing waits for requests under way.
         limits: What a client may ask of us.
-        trust_context: ``False`` drops inbound Dtabs and priorities.
+        trust_context: ``False`` keeps nothing of what travels with a request but the deadline and the trace.
         options: ``announce``, ``advertise``, ``stack``, ``clock``, ``seed``: see `meshlib.server.Server`.
 
     Raises:
         ConfigurationError: The address or a layer makes no sense.
     """
+    if not isinstance(limits, Limits):
+        raise ConfigurationError(f"mux.serve(limits={limits!r}): give meshlib.mux.Limits(…)")
     acceptor = MuxAcceptor(limits, trust_context=trust_context)
     return Server(service, address, acceptor, *layers, label=label, grace=grace, **options)

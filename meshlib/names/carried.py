@@ -83,8 +83,7 @@ class TextReader:
 
     Args:
         clock: What a remaining time is added to.
-        trust: May the caller say where our own calls go, and how much its own matter? Without it, its Dtab and
-            priority are dropped.
+        trust: Is the caller believed? Without it, all is dropped that `meshlib.core.context.Context.distrusted` drops.
         undecodable: Counts values that could not be read, and were ignored.
     """
 
@@ -112,8 +111,11 @@ class TextReader:
             return ""
         return text
 
+    def _believed(self, context: Context) -> Context:
+        return context if self._trust else context.distrusted()
+
     def _priority(self, value: bytes | None) -> Priority:
-        if value is None or not self._trust:
+        if value is None:
             return Priority.DEFAULT
         if value not in _PRIORITIES:
             self._undecodable.value += 1

@@ -85,9 +85,17 @@ def test_traces_of_others(headers, trace):
 
 
 def test_whom_nobody_trusts_says_neither_where_calls_go_nor_who_goes_first():
-    headers = encode_headers(Context(dtab=(("/s", "/t"),), priority=Priority.CRITICAL, client_id="me"), CLOCK)
-    context, undecodable = read(*headers, trust=False)
-    assert (context.dtab, context.priority, context.client_id, undecodable) == ((), Priority.DEFAULT, "me", 0)
+    trace = TraceId(5, 7, None, True)
+    said = Context(
+        trace=trace,
+        dtab=(("/s", "/t"),),
+        priority=Priority.CRITICAL,
+        client_id="billing",
+        attempt=1,
+        baggage="tenant=root",
+    )
+    assert read(*encode_headers(said, CLOCK)) == (said, 0)
+    assert read(*encode_headers(said, CLOCK), trust=False) == (Context(trace=trace), 0)  # nor who calls, and so on
 
 
 DEADLINE = b"finagle-ctx-com.twitter.finagle.deadline"

@@ -397,8 +397,9 @@ async def test_a_server_that_refuses_is_gone_around():
         (lambda: meshlib.http.serve(App, "http://127.0.0.1:0", ssl=ssl.create_default_context()), "say https://"),
         (lambda: meshlib.http.serve(Middleware(App), "http://127.0.0.1:0", meshlib.timeout(1)), "to the Middleware"),
         (lambda: meshlib.http.serve(7), "give an ASGI app first"),
+        (lambda: meshlib.http.serve(App(), title="Shop"), "title=…\\): an ASGI app takes clock, health"),
         (lambda: meshlib.serve(7, "http://127.0.0.1:0"), "no @rpc methods"),
-        (lambda: meshlib.serve(App, "http://127.0.0.1:0", grace=-1), "seconds, 0 or more"),
+        (lambda: meshlib.serve(App(), "http://127.0.0.1:0", grace=-1), "seconds, 0 or more"),
         (lambda: meshlib.client(App, "http://x:1"), "no @rpc methods"),
     ],
 )

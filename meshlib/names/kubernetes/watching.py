@@ -38,7 +38,8 @@ __all__ = ["Changed", "Collection", "Event", "Follower", "Gone", "Listed", "Resu
 T = TypeVar("T")
 
 HOLD: Final = 280.0
-"""Seconds for which a watch is asked for, jittered by a tenth: below the five minutes after which proxies cut."""
+"""Seconds for which a watch is asked for, give or take a tenth: 252 to 308. Proxies that cut after five minutes seldom
+do so first, and a watch that they cut goes on from where it was all the same."""
 IDLE: Final = 90.0
 """Seconds of silence that are believed: 1.5 of kube-apiserver's bookmark intervals (a minute, cacher.go)."""
 RELIST: Final = 1800.0
