@@ -7,7 +7,8 @@ What may stand in a fence, and what happens to it:
              ``anyio.run`` itself gets a thread without a loop. What a block prints must be shown in the next block.
 ``text``     The output of the Python block before it. ``…`` stands for any part of a line, alone for any lines. A block
              that begins with ``meshlib/`` is the tree of modules, and is compared with the package.
-``console``  Lines that begin with ``$`` are commands: make targets, modules and their options, and extras must exist.
+``console``  Lines that begin with ``$`` are commands: make targets, modules and their options, extras and groups must
+             exist. What curl asks for must be asked for by the page's Python as well, which shows that it is there.
 ``toml``, ``json``  Must parse.
 
 Anything else is an error, so that no block goes unchecked.
@@ -25,6 +26,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -49,6 +51,8 @@ from meshlib.client import default_layers as client_layers
 from meshlib.core import errors
 from meshlib.server import PLACES as SERVER_PLACES
 from meshlib.server import default_layers as server_layers
+
+from .conftest import missing
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -208,7 +212,7 @@ def _check_console(block: Block) -> None:
         raise Untrue(f"{block.where}: no command; commands begin with '$ '")
     for command in commands:
         words = shlex.split(command, comments=True)
-        problem = _problem_of(words)
+        problem = _problem_of_curl(words[1:], block.page) if words[0] == "curl" else _problem_of(words)
         if problem:
             raise Untrue(f"{block.where}: {command!r}: {problem}")
 
@@ -220,21 +224,52 @@ def _problem_of(words: list[str]) -> str:
             assert targets is not None
             unknown = [word for word in rest if "=" not in word and word not in targets[1].split()]
             return f"the Makefile has no target {', '.join(unknown)}" if unknown else ""
-        case ["pip", "install", package]:
-            project = _project()
-            name, _, extras = package.strip("'\"").rstrip("]").partition("[")
-            unknown = [e for e in extras.split(",") if e and e not in project["optional-dependencies"]]
-            return "" if name == project["name"] and not unknown else f"no such package or extra: {package}"
+        case ["pip", "install", *rest]:
+            return next(filter(None, map(_problem_of_package, rest, [None, *rest])), "")
         case ["python", "-m", module, *rest]:
             if importlib.util.find_spec(module) is None:
                 return f"there is no module {module}"
             if module == "pytest":
                 paths = [word for word in rest if not word.startswith("-")]
                 return next((f"there is no {path}" for path in paths if not (ROOT / path.split("::")[0]).exists()), "")
+            if module == "grpc_tools.protoc":
+                plugins = {word[2:].partition("_out=")[0] for word in rest if "_out=" in word} - {"python", "pyi"}
+                unknown = [
+                    each for each in plugins if not (Path(sys.executable).parent / f"protoc-gen-{each}").exists()
+                ]
+                return f"there is no plugin {', '.join(unknown)}" if unknown else ""
             options = [word for word in rest if word.startswith("-")]
             unknown = [option for option in options if option not in _help_of(module)]
             return f"{module} has no option {', '.join(unknown)}" if unknown else ""
-    return "neither make, nor pip install, nor python -m; teach tests/test_docs.py to check it"
+    return "neither make, nor pip install, nor python -m, nor curl; teach tests/test_docs.py to check it"
+
+
+def _problem_of_package(word: str, before: str | None) -> str:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
+    if before == "--group":
+        return "" if word in groups else f"no such dependency group: {word}"
+    of_tests = {re.split(r"[^\w-]", each)[0] for each in groups["test"]}
+    if word in ("--editable", "--upgrade", "--group") or word.startswith("pip>=") or word in of_tests:
+        return ""
+    name, _, extras = word.rstrip("]").partition("[")
+    unknown = [e for e in extras.split(",") if e and e not in _project()["optional-dependencies"]]
+    return "" if name in (_project()["name"], ".") and not unknown else f"no such package or extra: {word}"
+
+
+def _problem_of_curl(words: list[str], page: Path) -> str:
+    match words:
+        case ["--json", body, url]:
+            try:
+                json.loads(body)
+            except ValueError as error:
+                return f"not json: {error}"
+        case [url]:
+            pass
+        case _:
+            return "curl with other options than --json"
+    path = "/" + url.removeprefix("http://").partition("?")[0].partition("/")[2]
+    asked = "".join(block.text for block in blocks_of(page) if block.language == "python")
+    return "" if path in asked else f"no Python on this page asks for {path}"
 
 
 @functools.cache
@@ -286,6 +321,8 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("scratch")
 @each_page
 def test_blocks(page: Path) -> None:
+    if '"openssl' in page.read_text("utf-8") and shutil.which("openssl") is None:
+        missing("its certificates are made with openssl")
     problem = ""
     try:
         check_page(page)
@@ -437,6 +474,13 @@ async def _metrics_of_a_life() -> set[str]:
         ("```console\n$ python -m examples.tea\n```", "there is no module examples.tea"),
         ("```console\n$ python -m examples.echo --tea\n```", "has no option --tea"),
         ("```console\n$ pip install meshlib-rpc[tea]\n```", "no such package or extra"),
+        ("```console\n$ pip install '.[tea]'\n```", "no such package or extra"),
+        ("```console\n$ pip install tea\n```", "no such package or extra"),
+        ("```console\n$ pip install --editable . --group tea\n```", "no such dependency group: tea"),
+        ("```console\n$ python -m grpc_tools.protoc --tea_out=. x.proto\n```", "there is no plugin tea"),
+        ("```console\n$ curl localhost:8000/tea\n```", "no Python on this page asks for /tea"),
+        ("```console\n$ curl --json '{' localhost:8000/tea\n```", "not json"),
+        ("```console\n$ curl --data x localhost:8000/tea\n```", "other options than --json"),
         ("```console\n$ rm x\n```", "teach tests/test_docs.py"),
         ("```json\n{\n```", "page.md:2: not json"),
         ("```toml\n=\n```", "page.md:2: not toml"),
@@ -457,6 +501,19 @@ def test_blocks_share_a_namespace_and_a_loop(tmp_path: Path) -> None:
         "```python\nimport anyio\nevent = anyio.Event()\nasync def main() -> None: print('in a thread')\n```\n"
         "```python\nanyio.run(main)\n```\n```text\nin a …d\n```\n"
         "```python\nevent.set()\nawait event.wait()\nprint('a', 'b', 'c', sep='\\n')\n```\n```text\na\n…\nc\n```\n",
+        "utf-8",
+    )
+    check_page(path)
+
+
+def test_accepts_commands_that_are_right(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(
+        "```python\nurl = '/Shop/buy?item=tea'\n```\n```console\n"
+        "$ curl 'localhost:8000/Shop/buy?item=tea'\n"
+        '$ curl --json \'{"item": "tea"}\' http://localhost:8000/Shop/buy\n'
+        '$ pip install --upgrade "pip>=25.1"\n'
+        "$ pip install --editable '.[http,grpc]' --group examples\n```\n",
         "utf-8",
     )
     check_page(path)

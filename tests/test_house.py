@@ -73,7 +73,6 @@ OPTIONAL = [
     "dns",
     "yaml",
     "opentelemetry.sdk",
-    "prometheus_client",
     "tenacity",
     "uvicorn",
 ]
@@ -227,6 +226,55 @@ async def main():
     async with meshlib.mux.serve(echo) as server, meshlib.mux.client(server.address) as client:
         assert (await client(meshlib.mux.Request(b"x"))).body == b"x"
 anyio.run(main)
+""")
+
+
+@pytest.mark.parametrize(
+    ("guest", "made", "extra"),
+    [
+        ("httpx", "meshlib.http.Transport()", "http"),
+        ("httpx", "meshlib.http.client()", "http"),
+        ("httpx, httpx2", "meshlib.client(Greeter, 'http://127.0.0.1:1')", "http"),
+        ("httpx2", "meshlib.http.Httpx2Transport()", "httpx2"),
+        ("h2", "meshlib.http.Transport(http2=True)", "http2"),
+        ("grpclib", "meshlib.grpc.Channel('127.0.0.1:1')", "grpc"),
+        ("grpclib", "meshlib.grpc.Server([])", "grpc"),
+        ("h2", "meshlib.grpc.Channel('127.0.0.1:1')", "grpc"),
+        ("grpclib", "meshlib.client(Greeter, 'grpc://127.0.0.1:1')", "grpc"),
+        ("grpclib", "meshlib.serve(Greeter(), 'grpc://127.0.0.1:0')", "grpc"),
+        ("uvicorn", "anyio.run(serving, 'http://127.0.0.1:0')", "http-server"),
+        ("dns", "meshlib.client(Greeter, 'dns://localhost:1')", "dns"),
+    ],
+)
+def test_what_is_missing_is_told_with_the_extra_that_has_it(guest, made, extra):
+    told = run(f"""
+import sys
+sys.modules.update(dict.fromkeys({guest.split(", ")}))
+import anyio, meshlib
+class Greeter:
+    @meshlib.rpc
+    async def hello(self) -> str:
+        return "hello"
+async def serving(address):
+    await meshlib.serve(Greeter(), address)
+try:
+    {made}
+except meshlib.ConfigurationError as error:
+    print(error)
+""")
+    assert f"pip install 'meshlib-rpc[{extra}]'" in told
+    assert guest.split(",")[0] in told
+
+
+@pytest.mark.parametrize("room", ["http", "grpc"])
+def test_a_module_of_ours_that_is_missing_is_nobody_s_extra(room):
+    run(f"""
+import sys, meshlib
+sys.modules["meshlib.client"] = None
+try:
+    meshlib.{room}.connections
+except ModuleNotFoundError as error:
+    assert error.name == "meshlib.client", error.name
 """)
 
 

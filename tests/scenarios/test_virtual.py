@@ -12,7 +12,6 @@ import meshlib
 from meshlib import mux
 from meshlib.testing import Network, run_virtual
 
-
 RATE = 8
 """Calls a second."""
 
