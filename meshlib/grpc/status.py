@@ -47,6 +47,7 @@ from ..core.errors import (
     UnknownMethod,
     UnknownService,
 )
+from ..core.pushback import LONGEST_WAIT
 
 __all__ = [
     "FAILURES", "NACK", "PUSHBACK", "Excess", "excess", "judge", "pushback", "raised", "status_of", "to_mesh",
@@ -56,8 +57,6 @@ __all__ = [
 PUSHBACK: Final = "grpc-retry-pushback-ms"
 NACK: Final = "meshlib-nack"
 """Trailing metadata of a request that no handler has seen: ``true``, or ``final`` when nobody should try again."""
-LONGEST_PUSHBACK: Final = 3600.0
-"""Seconds for which a server may ask to be left alone. One that asks for more gets as much."""
 
 FAILURES: Final = frozenset(
     (
@@ -96,7 +95,7 @@ def pushback(value: str | None) -> float | None:
     text = value.strip()
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
         return -1.0
-    return min(int(text) / 1e3, LONGEST_PUSHBACK)
+    return min(int(text) / 1e3, LONGEST_WAIT)
 
 
 class Exhausted(Rejected):

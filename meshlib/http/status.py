@@ -26,13 +26,12 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ..core.errors import MeshError, Rejected, RemoteError
+from ..core.pushback import LONGEST_WAIT
 
 __all__ = ["StatusError", "judged", "retry_after"]
 
 NACK: Final = b"finagle-http-nack"
 FINAL_NACK: Final = b"finagle-http-nonretryable-nack"
-LONGEST_WAIT: Final = 3600.0
-"""Seconds for which a server may ask to be left alone. One that asks for more gets as much."""
 _PASSING: Final = frozenset((500, 502, 503, 504))
 
 
@@ -46,11 +45,13 @@ class StatusError(MeshError):
     response: Any = None
 
 
-class _Failed(StatusError, RemoteError):
-    pass
+class FailedStatus(StatusError, RemoteError):
+    """The server has failed, by its own word."""
 
 
-class _Refused(StatusError, Rejected):
+class RefusedStatus(StatusError, Rejected):
+    """The server did not take it on."""
+
     by_peer = True
     processed: bool | None = False
 
@@ -69,15 +70,15 @@ def judged(status: int, headers: Iterable[tuple[bytes, bytes]], wall: float) -> 
     asked = retry_after(fields.get(b"retry-after"), wall)
     error: StatusError
     if status == 503 and FINAL_NACK in fields:
-        error = _Refused("the server refused it: 503", retryable=False)
+        error = RefusedStatus("the server refused it: 503", retryable=False)
     elif status == 503 and (NACK in fields or asked == 0):
-        error = _Refused("the server refused it: 503")
+        error = RefusedStatus("the server refused it: 503")
         asked = None  # that is for those who could only come back to the same server
     elif status == 429:
-        error = _Refused("too many requests: 429", retryable=asked is not None)
+        error = RefusedStatus("too many requests: 429", retryable=asked is not None)
         error.processed, error.over_rate = None, True
     else:
-        error = _Failed(f"the server answered {status}", retryable=status in _PASSING and FINAL_NACK not in fields)
+        error = FailedStatus(f"the server answered {status}", retryable=status in _PASSING and FINAL_NACK not in fields)
         error.processed = None if status in _PASSING and status != 500 else True
     error.retry_after = asked
     return error

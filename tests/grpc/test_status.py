@@ -9,9 +9,9 @@ from multidict import MultiDict
 
 import meshlib
 from meshlib.core.classify import ResponseClass, complete
+from meshlib.core.pushback import LONGEST_WAIT
 from meshlib.grpc.status import (
     FAILURES,
-    LONGEST_PUSHBACK,
     Exhausted,
     excess,
     judge,
@@ -161,7 +161,7 @@ def test_other_exceptions():
         ("1.5", -1.0),
         ("soon", -1.0),
         ("٣", -1.0),
-        ("9" * 18, LONGEST_PUSHBACK),
+        ("9" * 18, LONGEST_WAIT),
         ("9" * 19, -1.0),
     ],
 )
