@@ -15,7 +15,7 @@ demo: $(VENV)/.ready-demo
 	$(PY) -m examples.echo
 
 test: lint
-	$(PY) -m pytest -n 3 --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -n 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-test
 	$(PY) -m ruff check .

@@ -13,7 +13,7 @@ import anyio
 import httpx
 import pytest
 
-from meshlib import http
+from meshlib import http, timeout
 from meshlib.core.errors import ConfigurationError
 
 from .raw import raw_server
@@ -47,7 +47,8 @@ class Door:
 async def chosen(door: Door, target: str, verify: ssl.SSLContext, **options: Any) -> str | None:
     """What the server chooses of what a new client offers."""
     before = len(door.chosen)
-    async with httpx.AsyncClient(transport=http.Transport(target, verify=verify, **options)) as client:
+    transport = http.Transport(target, timeout(1.5), verify=verify, **options)
+    async with httpx.AsyncClient(transport=transport) as client:
         with contextlib.suppress(httpx.TransportError):
             await client.post("https://users.test/", timeout=5)
     return door.chosen[before]

@@ -244,7 +244,9 @@ def test_a_refused_connect_is_a_connect_error(module, backend):
             nobody.bind(("127.0.0.1", 0))
             async with module.AsyncClient(transport=kind()) as client:
                 with pytest.raises(module.ConnectError) as caught:
-                    await client.get(f"http://127.0.0.1:{nobody.getsockname()[1]}/")
+                    await client.get(
+                        f"http://127.0.0.1:{nobody.getsockname()[1]}/", timeout=module.Timeout(5, connect=0.5)
+                    )
         return caught
 
     caught = anyio.run(main, backend=backend)
