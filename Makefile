@@ -14,6 +14,8 @@ PIP    := $(PY) -m pip --quiet --disable-pip-version-check
 demo: $(VENV)/.ready-demo
 	$(PY) -m examples.echo
 
+# Modules are compiled once, and not in each of the processes that tests start.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint
 	$(PY) -m pytest -n 4 --dist loadfile $(PYTEST_ARGS)
 
