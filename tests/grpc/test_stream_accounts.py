@@ -73,7 +73,7 @@ async def test_what_a_caller_wants_no_more_or_an_application_answers_is_no_failu
             await down(each)(b"q")
         assert numbers(each, *COUNTED) == [(1, 1), (1, 1), (0, 0)]
     async with scripted(answering(begin)) as (address, _), channel(address) as each:
-        with anyio.move_on_after(0.05):
+        with anyio.move_on_after(0.4):
             await down(each)(b"q")
         assert numbers(each, *COUNTED) == [(1, 1), (1, 1), (0, 0)]
 
@@ -166,10 +166,10 @@ async def test_the_span_of_a_stream_has_the_status_that_it_ended_with(spans, sta
 
 async def test_the_span_of_a_stream_that_was_given_up_or_ran_out_of_time_says_so(spans):
     async with scripted(answering(begin)) as (address, _), channel(address) as each:
-        with anyio.move_on_after(0.05):
+        with anyio.move_on_after(0.4):
             await down(each)(b"q")
         with pytest.raises(GRPCError):
-            await down(each)(b"q", timeout=0.05)
+            await down(each)(b"q", timeout=0.4)
     cancelled, late = spans()
     assert facts(cancelled) == ("ERROR", "CANCELLED", "RemoteError")
     assert facts(late) == ("ERROR", "DEADLINE_EXCEEDED", "DeadlineExceeded")

@@ -17,8 +17,8 @@ from .test_middleware import Client, answer
 
 pytestmark = pytest.mark.anyio
 
-SOON = [(b"finagle-ctx-com.twitter.finagle.deadline", b"1000000000 1050000000")]
-"""A deadline 50 ms away."""
+SOON = [(b"finagle-ctx-com.twitter.finagle.deadline", b"1000000000 1150000000")]
+"""A deadline 150 ms away."""
 BEGUN = {"type": "http.response.start", "status": 200, "headers": []}
 
 
@@ -48,7 +48,7 @@ async def test_a_response_that_has_begun_in_time_may_take_its_time():
     async def events(scope, receive, send):
         await send(BEGUN)
         for _ in range(3):
-            await anyio.sleep(0.04)
+            await anyio.sleep(0.07)
             await send({"type": "http.response.body", "body": b".", "more_body": True})
         left.append(meshlib.remaining())
         await send({"type": "http.response.body", "body": b"end"})
@@ -70,7 +70,7 @@ async def test_who_leaves_a_response_after_its_deadline_has_not_let_it_pass():
     client = Client(middleware, headers=SOON)
     async with anyio.create_task_group() as group:
         group.start_soon(client.run)
-        await anyio.sleep(0.2)
+        await anyio.sleep(0.4)
         assert "(1 requests)" in repr(middleware)
         client.left.set()
     numbers = middleware.metrics()
@@ -95,14 +95,14 @@ async def test_a_deadline_that_has_passed_is_not_lifted_by_an_answer_that_comes_
 @pytest.mark.parametrize("limit", [1, meshlib.adaptive(1, min_limit=1, max_limit=1)], ids=["fixed", "adaptive"])
 async def test_what_the_app_does_after_its_response_concerns_no_layer(limit):
     app = Working()
-    middleware = Middleware(app, meshlib.concurrency_limit(limit, queue=0), meshlib.timeout(0.05))
+    middleware = Middleware(app, meshlib.concurrency_limit(limit, queue=0), meshlib.timeout(0.15))
     async with anyio.create_task_group() as group:
         group.start_soon(Client(middleware, headers=SOON).run)
         await app.working.wait()
         numbers = middleware.metrics()
         assert (numbers["success"], numbers["routes/GET -/success"]) == (1, 1)
         assert (numbers["pending"], numbers["limit/concurrency"]) == (0, 0)
-        await anyio.sleep(0.15)  # the deadline passes, and so does the time of the layer
+        await anyio.sleep(0.4)  # the deadline passes, and so does the time of the layer
         group.start_soon(Client(middleware).run)
         while len(app.left) < 2:  # noqa: ASYNC110 - there is a place for another
             await anyio.sleep(0.001)
@@ -236,7 +236,7 @@ async def test_the_span_of_a_response_that_somebody_left_says_so(spans):
     client = Client(Middleware(events), headers=SOON)
     async with anyio.create_task_group() as group:
         group.start_soon(client.run)
-        await anyio.sleep(0.2)
+        await anyio.sleep(0.4)
         client.left.set()
     (span,) = spans.ended
     assert span.attributes["error.type"] in ("CancelledError", "Cancelled")

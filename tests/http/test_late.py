@@ -112,7 +112,7 @@ async def test_who_does_not_answer_has_failed(begun):
 @pytest.mark.parametrize("layers", [(), (meshlib.timeout(0.05),)], ids=["deadline", "timeout"])
 async def test_an_answer_from_a_thread_that_nobody_could_stop_comes_too_late(layers):
     async def app(scope, receive, send):
-        await anyio.to_thread.run_sync(time.sleep, 0.2)
+        await anyio.to_thread.run_sync(time.sleep, 0.4)
         await answer(send)
 
     client = await Client(Middleware(app, *layers), headers=() if layers else SOON).run()
@@ -124,7 +124,7 @@ async def test_an_answer_from_a_thread_that_nobody_could_stop_comes_too_late(lay
 async def test_an_app_that_ignores_its_cancellation_is_too_late_too():
     async def app(scope, receive, send):
         with anyio.move_on_after(60, shield=True):
-            await anyio.sleep(0.2)
+            await anyio.sleep(0.4)
         await answer(send)
 
     client = await Client(Middleware(app), headers=SOON).run()
@@ -169,7 +169,7 @@ async def test_handlers_in_tasks_of_their_own_end_with_the_deadline_and_with_the
     client = Client(Middleware(app))
     async with anyio.create_task_group() as group:
         group.start_soon(client.run)
-        await anyio.sleep(0.05)
+        await anyio.sleep(0.2)
         await client.app.wait_idle(0)
     assert (client.status, app.ended) == (503, "CancelledError")
     app = InTasks()
@@ -188,7 +188,7 @@ async def test_what_a_task_left_behind_says_is_not_sent(anyio_backend):
     left = []
 
     async def later(receive, send):
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.4)
         await answer(send)
         left.append(await receive())
 
