@@ -189,7 +189,7 @@ class Exchange:
 
     def end(self) -> None:
         """Hear no more of the app, and let those of its tasks that go on know."""
-        self._mute = True
+        self._mute, self._kept = True, None
         for scope in self._listening:
             scope.cancel()
 
