@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import subprocess
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import anyio
@@ -32,6 +35,28 @@ def missing(reason: str) -> NoReturn:
     if CI:
         pytest.fail(f"must be there on CI: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+def certificate_for(name: str, folder: Path) -> tuple[str, str]:
+    """The files of a certificate for ``name``, which is its own authority, and of its key."""
+    if shutil.which("openssl") is None:
+        missing("the tests of TLS make certificates with openssl")
+    files = (f"{folder}/cert.pem", f"{folder}/key.pem")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    names = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    subprocess.run([*command, *names, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    return files
 
 
 @pytest.fixture(scope="module", params=list(BACKENDS.values()), ids=list(BACKENDS))

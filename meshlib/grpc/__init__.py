@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import ConfigurationError
+from ..core.lazy import part_of
 
 if TYPE_CHECKING:
     from .calling.channel import Channel
@@ -39,19 +39,4 @@ _WHERE = {
 
 def __getattr__(name: str) -> Any:
     # Whoever has a client needs no server.
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    module, attribute = _WHERE[name]
-    try:
-        value = getattr(importlib.import_module(module, __name__), attribute)
-    except ModuleNotFoundError as error:
-        guest = (error.name or "").partition(".")[0]
-        if guest == "meshlib":
-            raise
-        raise ConfigurationError(
-            f"meshlib.grpc needs {guest}, which is not installed: pip install 'meshlib-rpc[grpc]'"
-        ) from error
-    globals()[name] = value
-    return value
+    return part_of(__name__, _WHERE, name, lambda _: (__name__, "grpc"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import ConfigurationError
+from ..core.lazy import part_of
 
 if TYPE_CHECKING:
     from .asgi import Middleware
@@ -39,20 +39,7 @@ _WHERE = {
 
 def __getattr__(name: str) -> Any:
     # Whoever has one of httpx and httpx2 needs not the other.
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    def needs(guest: str) -> tuple[str, str]:
+        return f"{__name__}.{name}", "httpx2" if guest in ("httpx2", "httpcore2") else "http"
 
-    module, attribute = _WHERE[name]
-    try:
-        value = getattr(importlib.import_module(module, __name__), attribute)
-    except ModuleNotFoundError as error:
-        guest = (error.name or "").partition(".")[0]
-        if guest == "meshlib":
-            raise
-        wanted = "httpx2" if guest in ("httpx2", "httpcore2") else "http"
-        raise ConfigurationError(
-            f"meshlib.http.{name} needs {guest}, which is not installed: pip install 'meshlib-rpc[{wanted}]'"
-        ) from error
-    globals()[name] = value
-    return value
+    return part_of(__name__, _WHERE, name, needs)

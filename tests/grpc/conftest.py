@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..conftest import BACKENDS, missing
+from ..conftest import BACKENDS, certificate_for
 from .protos import generate, generate_better
 
 
@@ -39,22 +37,4 @@ def better(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The files of a certificate for ``greeter.test``, which is its own authority, and of its key."""
-    if shutil.which("openssl") is None:
-        missing("the tests of TLS make certificates with openssl")
-    folder = tmp_path_factory.mktemp("tls")
-    files = (f"{folder}/cert.pem", f"{folder}/key.pem")
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    names = ["-subj", "/CN=greeter.test", "-addext", "subjectAltName=DNS:greeter.test"]
-    subprocess.run([*command, *names, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
-    return files
+    return certificate_for("greeter.test", tmp_path_factory.mktemp("tls"))
